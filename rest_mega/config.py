@@ -1,0 +1,493 @@
+"""Every knob of a run: one frozen dataclass per component, checked when built. Standard library only.
+
+`RunConfig.from_dict` builds the whole tree from a nested mapping (a parsed YAML file with the
+`section.key=value` words of the command line laid over it) and answers an unknown key with the
+nearest known ones. A component takes its own section, never the whole tree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A value that the user can mend: the message tells the value, the rule and the remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def one_of(name: str, value: object, known: typing.Iterable[str]) -> None:
+    """Raise `ConfigError` unless `value` is one of the `known` names; tells the nearest ones."""
+    names = list(known)
+    if value not in names:
+        near = difflib.get_close_matches(str(value), names, n=3)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(names)}{hint}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy: which checkpoint, in which precision, built from which layers."""
+
+    path: str = ""
+    """Folder of a Hugging Face checkpoint (config.json, *.safetensors) to start from."""
+    init: str = "load"
+    """load: read the weights in `path`; random: take only its config.json and draw the weights from `run.seed`."""
+    dtype: str = "fp32"
+    """fp32 or bf16: the dtype of parameters and activations; gradients and optimizer state stay fp32."""
+    layers: str = "auto"
+    """te: Transformer Engine's layers; local: torch SDPA attention; auto: te where it is installed on a GPU."""
+    recompute: str = "none"
+    """none, selective (attention) or full (every layer): activations recomputed in the backward pass."""
+
+    def __post_init__(self) -> None:
+        one_of("model.dtype", self.dtype, ("fp32", "bf16"))
+        one_of("model.layers", self.layers, ("auto", "te", "local"))
+        one_of("model.recompute", self.recompute, ("none", "selective", "full"))
+        one_of("model.init", self.init, ("load", "random"))
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer and the way of speaking to the model."""
+
+    path: str = ""
+    """Folder with tokenizer.json or a SentencePiece *.model file; empty: `model.path`."""
+    chat_template: str = ""
+    """A Jinja file that replaces the tokenizer's own chat template; empty: the tokenizer's own."""
+    dialect: str = "hermes"
+    """How tool calls are written; see rest_mega.data.chat.DIALECTS for the known names."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of the parallel groups; the data-parallel size is what the world size leaves."""
+
+    tensor: int = 1
+    """Tensor-parallel size (Megatron: tensor_model_parallel_size)."""
+    pipeline: int = 1
+    """Pipeline-parallel size (Megatron: pipeline_model_parallel_size)."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline rank, > 1 for the interleaved schedule (Megatron: virtual_pipeline_model_parallel_size)."""
+    context: int = 1
+    """Context-parallel size (Megatron: context_parallel_size)."""
+    expert: int = 1
+    """Expert-parallel size (Megatron: expert_model_parallel_size)."""
+    sequence: bool = False
+    """Sequence parallelism inside the tensor-parallel group (Megatron: sequence_parallel)."""
+    timeout_s: float = 600.0
+    """Deadline of every collective of the training step, in seconds."""
+    rollout_timeout_s: float = 3600.0
+    """Deadline for a replica's ranks to wait for their lead's rollouts, in seconds."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert"):
+            value = getattr(self, name)
+            require(value >= 1, f"parallel.{name}={value} must be at least 1")
+        require(
+            not self.sequence or self.tensor > 1,
+            "parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false",
+        )
+        require(
+            self.virtual_pipeline == 1 or self.pipeline > 1,
+            f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1",
+        )
+        require(self.timeout_s > 0 and self.rollout_timeout_s > 0, "parallel timeouts must be positive seconds")
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks that hold one copy of the model: TP x PP x CP."""
+        return self.tensor * self.pipeline * self.context
+
+    def data_parallel(self, world_size: int) -> int:
+        """Replicas in `world_size` ranks; raises ConfigError when it does not divide."""
+        require(
+            world_size % self.replica_size == 0,
+            f"world size {world_size} is not a multiple of tensor {self.tensor} x pipeline {self.pipeline} x "
+            f"context {self.context} = {self.replica_size}; launch a multiple of {self.replica_size} processes "
+            "(torchrun --nproc-per-node) or change the parallel sizes",
+        )
+        return world_size // self.replica_size
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its schedules."""
+
+    name: str = "adam"
+    """adam (AdamW), sgd, or muon (Muon for the hidden matrices, AdamW for embeddings and norms)."""
+    lr: float = 1e-6
+    """Peak learning rate; of the AdamW part when name=muon."""
+    muon_lr: float = 0.02
+    """Peak learning rate of the matrices when name=muon."""
+    min_lr_ratio: float = 1.0
+    """Final learning rate over peak learning rate."""
+    decay: str = "constant"
+    """constant, linear or cosine."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from zero."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay (not on norms and biases)."""
+    beta1: float = 0.9
+    """Adam's first-moment decay; the momentum of sgd."""
+    beta2: float = 0.95
+    """Adam's second-moment decay."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    distributed: bool = True
+    """Shard the optimizer state over the data-parallel ranks (mcore's DistributedOptimizer)."""
+
+    def __post_init__(self) -> None:
+        one_of("optimizer.name", self.name, ("adam", "sgd", "muon"))
+        one_of("optimizer.decay", self.decay, ("constant", "linear", "cosine"))
+        require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
+        require(0 <= self.min_lr_ratio <= 1, f"optimizer.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
+        require(self.clip_grad >= 0, f"optimizer.clip_grad={self.clip_grad} must not be negative")
+        require(
+            self.name != "muon" or not self.distributed,
+            "optimizer.name=muon orthogonalises whole matrices: set optimizer.distributed=false",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the prompts come from."""
+
+    train: str = ""
+    """Training prompts: JSONL (ours) or Parquet/JSON in ToolRL's format."""
+    held_out: str = ""
+    """Prompts for evaluation only; empty: no evaluation."""
+    system: str = ""
+    """A system message put before prompts that carry none."""
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """Limits on what answers a tool call; the environment itself is named by each prompt."""
+
+    modules: tuple[str, ...] = ()
+    """Python files or importable modules that register tools, environments and rewards, loaded at start."""
+    call_timeout_s: float = 10.0
+    """Deadline of one tool call, in seconds."""
+    result_characters: int = 4096
+    """A longer tool result is cut to this many characters."""
+    calls_per_turn: int = 16
+    """More calls than these in one turn are refused (each is still answered)."""
+
+    def __post_init__(self) -> None:
+        require(self.call_timeout_s > 0, f"environment.call_timeout_s={self.call_timeout_s} must be positive")
+        require(self.result_characters > 0, f"environment.result_characters={self.result_characters} must be positive")
+        require(self.calls_per_turn > 0, f"environment.calls_per_turn={self.calls_per_turn} must be positive")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How trajectories are sampled."""
+
+    engine: str = "embedded"
+    """embedded (transformers, in the lead's process) or replay (recorded rollouts)."""
+    prompts_per_step: int = 8
+    """Prompts of one training step, over all replicas."""
+    samples_per_prompt: int = 8
+    """Siblings per prompt: the group G of GRPO."""
+    max_turns: int = 4
+    """Assistant turns of one trajectory at most."""
+    max_new_tokens: int = 256
+    """Tokens of one assistant turn at most."""
+    max_tokens: int = 2048
+    """Tokens of one trajectory at most, prompt and tool outputs included."""
+    temperature: float = 1.0
+    """Sampling temperature; the trainer scores at the same temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1.0 keeps the sampled log-probabilities equal to the policy's."""
+    batch_size: int = 64
+    """Sequences that the embedded engine decodes together."""
+    replay: str = ""
+    """Folder of recorded rollouts for engine=replay."""
+    record: bool = False
+    """Keep every step's rollouts in the run directory (rollouts/step_*.jsonl)."""
+
+    def __post_init__(self) -> None:
+        one_of("rollout.engine", self.engine, ("embedded", "replay"))
+        for name in ("prompts_per_step", "samples_per_prompt", "max_turns", "max_new_tokens", "max_tokens", "batch_size"):
+            value = getattr(self, name)
+            require(value >= 1, f"rollout.{name}={value} must be at least 1")
+        require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
+        require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must be in (0, 1]")
+        require(self.engine != "replay" or bool(self.replay), "rollout.engine=replay needs rollout.replay=FOLDER")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The rubric: named reward functions and their coefficients (see rest_mega.rewards.RUBRIC)."""
+
+    parts: Mapping[str, float] = field(default_factory=lambda: {"format": 1.0, "tool_calls": 3.0})
+    """Name of a reward function -> its coefficient; the reward is the weighted sum."""
+
+    def __post_init__(self) -> None:
+        require(len(self.parts) > 0, "rewards.parts is empty; name at least one reward function")
+
+
+@dataclass(frozen=True)
+class CreditConfig:
+    """ResT: what each token's gradient weighs, and the advantages of a group."""
+
+    preset: str = "rest"
+    """rest, rest-paper, rest-code or uniform: see rest_mega.credit.weights.PRESETS."""
+    tau: float | None = None
+    """Tempering of the entropy rule; 0: constants, 1: the paper's Eq. 9; null: the preset's."""
+    entropy_floor: float | None = None
+    """h0: entropies below count as this many nats; null: the preset's."""
+    w_min: float | None = None
+    """Lower clip of a raw weight; null: the preset's."""
+    w_max: float | None = None
+    """Upper clip of a raw weight; null: the preset's."""
+    entropy_momentum: float = 0.9
+    """Running mean of the region entropies: share of the old value kept at each step."""
+    advantage: str = "grpo"
+    """grpo (mean and std of the group), dr_grpo (mean only) or rloo."""
+    drop_equal_groups: bool = True
+    """Leave out groups whose rewards are all equal: they carry no signal."""
+
+    def __post_init__(self) -> None:
+        one_of("credit.preset", self.preset, ("rest", "rest-paper", "rest-code", "uniform"))
+        one_of("credit.advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
+        require(0 <= self.entropy_momentum < 1, f"credit.entropy_momentum={self.entropy_momentum} must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The clipped surrogate and its correction."""
+
+    policy: str = "ppo"
+    """ppo (clip; dual clip when dual_clip > 0) or reinforce."""
+    clip_low: float = 0.2
+    """Ratios below 1 - clip_low are clipped."""
+    clip_high: float = 0.2
+    """Ratios above 1 + clip_high are clipped; larger than clip_low is DAPO's clip-higher."""
+    dual_clip: float = 3.0
+    """Bound c on the loss of negative advantages (dual clip); 0 switches it off."""
+    old_logprobs: str = "trainer"
+    """trainer: log-probs of the scoring pass; rollout: those the engine sampled with."""
+    optimizer_steps: int = 1
+    """Optimizer steps per rollout batch: whole trajectories are cut into this many parts."""
+
+    def __post_init__(self) -> None:
+        one_of("loss.policy", self.policy, ("ppo", "reinforce"))
+        one_of("loss.old_logprobs", self.old_logprobs, ("trainer", "rollout"))
+        require(0 < self.clip_low < 1, f"loss.clip_low={self.clip_low} must be in (0, 1)")
+        require(self.clip_high > 0, f"loss.clip_high={self.clip_high} must be positive")
+        require(
+            self.dual_clip == 0 or self.dual_clip > 1,
+            f"loss.dual_clip={self.dual_clip} must be 0 (off) or greater than 1",
+        )
+        require(self.optimizer_steps >= 1, f"loss.optimizer_steps={self.optimizer_steps} must be at least 1")
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """How trajectories fill micro-batches."""
+
+    tokens: int = 4096
+    """Tokens of one micro-batch at most; no trajectory may be longer."""
+
+    def __post_init__(self) -> None:
+        require(self.tokens >= 1, f"packing.tokens={self.tokens} must be at least 1")
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised warm start (`rest-mega sft`)."""
+
+    data: str = ""
+    """Chat dialogues as JSONL: {"messages": [...], "tools": [...]} per line; loss on assistant turns only."""
+    dialogues_per_step: int = 32
+    """Dialogues of one optimizer step, over all replicas."""
+    shuffle: bool = True
+    """Draw dialogues in seeded random order; false keeps the file's order (a curriculum)."""
+
+    def __post_init__(self) -> None:
+        require(self.dialogues_per_step >= 1, f"sft.dialogues_per_step={self.dialogues_per_step} must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out success, before, during and after training."""
+
+    every: int = 0
+    """Evaluate every this many steps besides the first and the last; 0: only those two."""
+    prompts: int = 128
+    """Held-out prompts used, from the start of the file."""
+    greedy: bool = True
+    """Also evaluate with greedy decoding (one sample at temperature rollout.temperature always is)."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"evaluation.every={self.every} must not be negative")
+        require(self.prompts >= 1, f"evaluation.prompts={self.prompts} must be at least 1")
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    """What a run says of itself."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run directory."""
+    trajectories: int = 16
+    """Trajectories kept per step for the report."""
+    console: str = "auto"
+    """bar: a live progress bar; plain: a line per step; auto: bar on a terminal."""
+
+    def __post_init__(self) -> None:
+        one_of("telemetry.console", self.console, ("auto", "bar", "plain"))
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The run itself."""
+
+    dir: str = "runs/default"
+    """Run directory: metrics, checkpoints, report. A run resumes from the newest checkpoint in it."""
+    steps: int = 100
+    """Training steps."""
+    seed: int = 0
+    """Seed of everything random: prompts, sampling, initialisation."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    save_every: int = 50
+    """Checkpoint every this many steps besides the last; 0: only the last."""
+    keep_checkpoints: int = 2
+    """Older checkpoints are removed."""
+    export: bool = True
+    """Write the final weights as a Hugging Face checkpoint (RUN/hf)."""
+    fresh: bool = False
+    """Start anew, moving aside what the run directory holds; false: resume."""
+
+    def __post_init__(self) -> None:
+        one_of("run.device", self.device, ("auto", "cpu", "cuda"))
+        require(self.steps >= 0, f"run.steps={self.steps} must not be negative")
+        require(self.save_every >= 0, f"run.save_every={self.save_every} must not be negative")
+        require(self.keep_checkpoints >= 1, f"run.keep_checkpoints={self.keep_checkpoints} must be at least 1")
+        require(0 <= self.seed < 2**31, f"run.seed={self.seed} must be in [0, 2^31)")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole tree; each component takes its own section."""
+
+    run: LoopConfig = field(default_factory=LoopConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.rollout.prompts_per_step * self.rollout.samples_per_prompt >= self.loss.optimizer_steps,
+            f"loss.optimizer_steps={self.loss.optimizer_steps} exceeds the trajectories of a step "
+            f"({self.rollout.prompts_per_step} prompts x {self.rollout.samples_per_prompt} samples)",
+        )
+        require(
+            self.rollout.max_tokens <= self.packing.tokens,
+            f"rollout.max_tokens={self.rollout.max_tokens} exceeds packing.tokens={self.packing.tokens}: "
+            "a trajectory must fit into one micro-batch; raise packing.tokens or lower rollout.max_tokens",
+        )
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> RunConfig:
+        """Build the tree from a nested mapping; ConfigError names unknown keys and wrong types."""
+        return typing.cast(RunConfig, _build(cls, tree, ""))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tree as plain nested dictionaries (JSON and YAML can hold it)."""
+        return dataclasses.asdict(self)
+
+    def check_world(self, world_size: int) -> None:
+        """Raise ConfigError unless this config can run on `world_size` ranks."""
+        replicas = self.parallel.data_parallel(world_size)
+        require(
+            self.rollout.prompts_per_step % replicas == 0,
+            f"rollout.prompts_per_step={self.rollout.prompts_per_step} is not a multiple of the {replicas} "
+            f"data-parallel replicas; use a multiple of {replicas}",
+        )
+
+
+def known_keys() -> list[str]:
+    """Every `section.key` of RunConfig."""
+    hints = typing.get_type_hints(RunConfig)
+    return [f"{s.name}.{k.name}" for s in dataclasses.fields(RunConfig) for k in dataclasses.fields(hints[s.name])]
+
+
+def _build(cls: type, tree: Mapping[str, Any], prefix: str) -> object:
+    require(isinstance(tree, Mapping), f"{prefix.rstrip('.') or 'the config'} must be a mapping, not {tree!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key not in names:
+            raise _unknown(f"{prefix}{key}", [f"{prefix}{n}" for n in names])
+        kind = hints[key]
+        values[key] = (
+            _build(kind, value, f"{prefix}{key}.")
+            if dataclasses.is_dataclass(kind)
+            else _coerce(f"{prefix}{key}", value, kind)
+        )
+    return cls(**values)
+
+
+def _unknown(key: str, siblings: list[str]) -> ConfigError:
+    near = difflib.get_close_matches(key, siblings + known_keys(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else f"known keys: {', '.join(siblings)}"
+    return ConfigError(f"unknown config key {key!r}; {hint}")
+
+
+def _coerce(key: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`; only lossless conversions (YAML's `1e-3` is a string, `2` may be a float)."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _coerce(key, value, next(a for a in arguments if a is not type(None)))
+    if origin is tuple:
+        require(isinstance(value, (list, tuple)), f"{key}={value!r} must be a list")
+        return tuple(_coerce(key, v, arguments[0]) for v in value)
+    if origin is not None and issubclass(origin, Mapping):
+        require(isinstance(value, Mapping), f"{key}={value!r} must be a mapping")
+        return {str(k): _coerce(f"{key}.{k}", v, arguments[1]) for k, v in value.items()}
+    if kind is bool:
+        require(isinstance(value, bool), f"{key}={value!r} must be true or false")
+        return value
+    if kind in (int, float):
+        try:
+            number = float(value) if not isinstance(value, bool) else None
+        except (TypeError, ValueError):
+            number = None
+        require(number is not None and (kind is float or number == int(number)), f"{key}={value!r} must be {_A[kind]}")
+        return value if kind is int and isinstance(value, int) else kind(typing.cast(float, number))
+    require(isinstance(value, str), f"{key}={value!r} must be {_A[kind]}")
+    return value
+
+
+_A = {int: "a whole number", float: "a number", str: "a string (quote it in YAML)"}

@@ -1,0 +1,161 @@
+"""The nouns that travel through a training step, and the legend of shapes.
+
+Legend of axes, written as suffixes: P prompts, G siblings of one prompt, S samples, M micro-batches,
+T tokens (of one trajectory, or packed), R trained rows (the subset of T that carries loss), V local
+vocabulary shard, D hidden. `logits_TV` has T rows and V columns. A *weight* is a token's, a
+*parameter* the model's. All arrays are numpy; the trainer alone turns them into tensors.
+
+A worked example, two assistant turns with one tool call between them:
+
+    ids     <system+user prompt> | <call><end> | <tool result, header of next turn> | <answer><end>
+    turn            -1           |      0      |                -1                   |       1
+    mask             0           |      1      |                 0                   |       1
+    version         -1           |      7      |                -1                   |       7
+
+`mask` is 1 exactly for the tokens that the policy sampled. What follows the last turn is not in `ids`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+SmallInts = npt.NDArray[np.int8]
+
+Message = Mapping[str, Any]
+"""An OpenAI chat message: role, content, and tool_calls or tool_call_id where they apply."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One task: what the model is told, and what the environment needs to answer and to judge."""
+
+    id: str
+    """Unique in its file; groups, evaluation rows and reports are named by it."""
+    messages: tuple[Message, ...]
+    """The conversation up to the first assistant turn."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON-schema specs ({"type": "function", "function": {...}}) shown to the model."""
+    environment: str = "none"
+    """Name in rest_mega.environments.ENVIRONMENTS: what answers this prompt's tool calls."""
+    task: Mapping[str, Any] = field(default_factory=dict)
+    """For the environment and the rewards alone: initial state, gold calls, expected answer, kind."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One parsed call of a reply."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ToolOutcome:
+    """What became of one call: `status` is ok, or why the call failed."""
+
+    status: str
+    """ok | malformed | unknown_tool | bad_arguments | timeout | error | refused."""
+    content: str
+    """What the model is shown, success or failure."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One assistant turn inside a trajectory's ids, and the answers its calls got."""
+
+    start: int
+    """First sampled token."""
+    end: int
+    """One past the last sampled token (the end-of-turn token belongs to the turn)."""
+    text: str
+    """The sampled bytes as text, without the end-of-turn token."""
+    well_formed: bool
+    """The reply obeys its dialect's grammar and ended with an end-of-turn token."""
+    answer: str = ""
+    """The text outside reasoning and calls."""
+    calls: tuple[ToolCall, ...] = ()
+    outcomes: tuple[ToolOutcome, ...] = ()
+    """One per call; a malformed reply has one outcome and no calls."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One episode, token for token as it was sampled."""
+
+    prompt: Prompt
+    sibling: int
+    """0..G-1 in its group."""
+    ids_T: Ints
+    logprobs_T: Floats
+    """Engine's log-prob of each sampled token, 0 elsewhere."""
+    mask_T: Bools
+    """True where the policy sampled the token."""
+    turn_T: Ints
+    """Assistant turn of a sampled token, -1 elsewhere."""
+    version_T: Ints
+    """Policy version that sampled the token, -1 elsewhere."""
+    turns: tuple[Turn, ...]
+    stop: str
+    """answered | turn_limit | token_limit (a turn was cut off) | length (no room for another turn)."""
+    result: Mapping[str, Any] = field(default_factory=dict)
+    """The environment's verdict: {"success": bool, ...}; empty for environments that do not judge."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One trajectory as the trainer sees it: no rewards, no environments."""
+
+    ids_T: Ints
+    mask_T: Bools
+    regions_T: SmallInts
+    """credit.regions.Region of every token; the model meets it as an opaque small integer."""
+    logprobs_T: Floats
+    """Rollout log-probs, 0 where mask is 0."""
+    advantage: float
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that carry loss (the first token of a sequence has no prediction)."""
+        return int(self.mask_T[1:].sum())
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Whole samples packed one after another; position t predicts `targets_T[t]`."""
+
+    ids_T: Ints
+    targets_T: Ints
+    positions_T: Ints
+    """Position inside its own sample, from 0."""
+    lengths_S: Ints
+    """Tokens of each packed sample (and of trailing padding, if any); sums to T."""
+    sample_T: Ints
+    """Index into the step's list of samples of this replica, -1 for padding."""
+    mask_T: Bools
+    """True where the target carries loss; R = mask_T.sum()."""
+    regions_T: SmallInts
+    """Of the target token."""
+    advantages_T: Floats
+    logprobs_T: Floats
+    """Rollout log-prob of the target token."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step measured, equal on every rank."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    skipped: bool
+    """True when gradients were not finite and the step was not taken."""
+    metrics: Mapping[str, float]

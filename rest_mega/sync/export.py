@@ -1,0 +1,141 @@
+"""This rank's shards -> a stream of whole Hugging Face tensors on the replica's lead.
+
+Every rank of the replica calls `stream` together and exhausts it. Parameters travel one at a time, as bytes,
+from the tensor ranks of their stage to the lead, which puts the pieces back; at no time does the lead hold
+more than one parameter's tensors that it has not handed over.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rest_mega.sync.names import Piece, hf_names, hf_shape, named_parameters, pieces
+from rest_mega.trainer.model import Architecture
+from rest_mega.trainer.parallel import Parallel
+
+NamedTensor = tuple[str, torch.Tensor]
+
+
+class Exporter:
+    """Knows once and for all which rank of the replica holds what; `stream` may then be called every step."""
+
+    def __init__(self, chunks: list[Any], architecture: Architecture, parallel: Parallel) -> None:
+        """Collective over the replica."""
+        self._architecture, self._parallel = architecture, parallel
+        self._mine = {
+            name: parameter
+            for name, parameter in named_parameters(chunks)
+            if name != "output_layer.weight" or not architecture.tied
+        }
+        place = {
+            "stage": parallel.pipeline_rank,
+            "tensor": parallel.tensor_rank,
+            "holds": parallel.context_rank == 0,
+            "shapes": {name: list(p.shape) for name, p in self._mine.items()},
+        }
+        self._places = [json.loads(text) for text in _all_gather_text(json.dumps(place), parallel)]
+        self._dtype = next(iter(self._mine.values())).dtype
+
+    @torch.no_grad()
+    def stream(self) -> Iterator[NamedTensor]:
+        """(Hugging Face name, whole CPU tensor) on the lead, nothing elsewhere; collective over the replica."""
+        for holders, name in self._transfers():
+            shards = [self._move(name, rank, place["shapes"][name]) for rank, place in holders]
+            if self._parallel.is_lead:
+                yield from self._assemble(name, shards)
+
+    def _transfers(self) -> Iterator[tuple[list[tuple[int, Any]], str]]:
+        """Per parameter: the (global rank, place) of its shards in tensor order."""
+        ranked = list(zip(self._parallel.replica_ranks, self._places, strict=True))
+        for stage in range(self._parallel.config.pipeline):
+            holders = [(r, p) for r, p in ranked if p["stage"] == stage and p["holds"]]
+            holders.sort(key=lambda holder: holder[1]["tensor"])
+            for name in holders[0][1]["shapes"]:
+                yield holders, name
+
+    def _move(self, name: str, source: int, shape: list[int]) -> torch.Tensor:
+        """One shard from `source` to the lead; what other ranks get back is empty and not used."""
+        me, lead, group = self._parallel.rank, self._parallel.lead, self._parallel.replica
+        if me == source:
+            mine = self._mine[name].detach().contiguous().cpu()
+            if me != lead:
+                dist.send(mine.view(-1).view(torch.uint8), lead, group=group)
+            return mine
+        shard = torch.empty(shape if me == lead else [0], dtype=self._dtype)
+        if me == lead:
+            dist.recv(shard.view(-1).view(torch.uint8), source, group=group)
+        return shard
+
+    def _assemble(self, name: str, shards: list[torch.Tensor]) -> Iterator[NamedTensor]:
+        a = self._architecture
+        parts = [self._pieces(name, rank) for rank in range(len(shards))]
+        whole = {p.hf_name: torch.empty(hf_shape(p.hf_name, a), dtype=self._dtype) for ps in parts for p in ps}
+        for shard, ps in zip(shards, parts, strict=True):
+            offset = 0
+            for piece in ps:
+                length = piece.stop - piece.start
+                target = whole[piece.hf_name].narrow(piece.axis, piece.start, length)
+                target.copy_(shard.narrow(piece.axis, offset, length))
+                offset += length
+        yield from whole.items()
+
+    @functools.cache  # noqa: B019  # an exporter lives as long as its model
+    def _pieces(self, name: str, tensor_rank: int) -> list[Piece]:
+        return pieces(name, self._architecture, tensor_rank, self._parallel.config.tensor)
+
+
+def _all_gather_text(text: str, parallel: Parallel) -> list[str]:
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in parallel.replica_ranks]
+    dist.all_gather(sizes, torch.tensor([data.numel()]), group=parallel.replica)
+    longest = max(int(s) for s in sizes)
+    parts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - data.numel())), group=parallel.replica)
+    return [bytes(p[: int(s)].numpy()).decode() for p, s in zip(parts, sizes, strict=True)]
+
+
+def save_hf(exporter: Exporter, architecture: Architecture, source: str, folder: Path, *, write: bool) -> None:
+    """Write the policy as a Hugging Face checkpoint that `transformers` and SGLang load; collective over the replica.
+
+    config.json, tokenizer and template are copied from `source`; the folder appears complete or not at all.
+    `write` is True on the one rank that writes.
+    """
+    tensors = dict(exporter.stream())
+    if not write:
+        return
+    from safetensors.torch import save_file
+
+    missing = [name for name in hf_names(architecture) if name not in tensors]
+    assert not missing, f"export lacks {missing[:5]}"
+    partial = folder.with_name(folder.name + ".partial")
+    _empty(partial)
+    save_file(tensors, str(partial / "model.safetensors"), metadata={"format": "pt"})
+    _copy_side_files(Path(source), partial, str(next(iter(tensors.values())).dtype).removeprefix("torch."))
+    if folder.exists():
+        _empty(folder)
+        folder.rmdir()
+    os.replace(partial, folder)
+
+
+def _empty(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def _copy_side_files(source: Path, target: Path, dtype: str) -> None:
+    for file in sorted(source.iterdir()):
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json"):
+            (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((target / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""Trains the policy on Megatron-Core: model, schedules, optimizer, checkpoints."""

@@ -1,0 +1,309 @@
+"""CUDA or CPU: the device of this process, and all that megatron-core needs to run on a CPU.
+
+`adapt_mcore()` must run before anything else imports `megatron.core` (`trainer/__init__` sees to it).
+Where CUDA is present it does nothing. On a CPU it changes no file and leaves `torch` as it is:
+
+- mcore's modules get a *view* of torch as their global `torch`: the same functions, but its `cuda`
+  answers for the CPU and factories accept `device="cuda"`; no cost per operation.
+- `torch.compile` is the identity while mcore is imported (mcore fuses with it at import; it would load
+  the compiler into every process and need a C++ compiler at run time).
+- five private places of mcore that cannot work on a CPU are replaced, each named below with its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from rest_mega.config import ConfigError
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "zeros_like", "empty_like", "eye")
+_CUDA_TYPE = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float16: "torch.cuda.HalfTensor",
+}
+_MCORE_MODULES = (
+    "parallel_state",
+    "tensor_parallel",
+    "pipeline_parallel",
+    "distributed",
+    "distributed.finalize_model_grads",
+    "optimizer",
+    "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
+    "models.gpt",
+    "models.gpt.gpt_layer_specs",
+    "transformer.moe.token_dispatcher",
+    "transformer.moe.moe_utils",
+    "dist_checkpointing",
+    "dist_checkpointing.serialization",
+    "dist_checkpointing.strategies.filesystem_async",
+    "dist_checkpointing.strategies.torch",
+    "optimizer_param_scheduler",
+)
+
+
+def resolve(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> the device of this process; ConfigError where CUDA is asked for and absent."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("run.device=cuda, but torch sees no CUDA device; use run.device=auto or install a CUDA torch")
+    if name == "cpu" and available:
+        raise ConfigError("run.device=cpu on a machine with GPUs: hide them with CUDA_VISIBLE_DEVICES='' or use auto")
+    return torch.device("cuda", torch.cuda.current_device()) if available else torch.device("cpu")
+
+
+def backend(device: torch.device) -> str:
+    """The torch.distributed backend: gloo for CPU tensors, NCCL for CUDA tensors."""
+    return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory of this process so far: allocated on the GPU, resident on a CPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@functools.cache
+def adapt_mcore() -> None:
+    """Make megatron-core importable and runnable here; once per process."""
+    if torch.cuda.is_available():
+        return
+    with _identity_compile(), _triton_stub():
+        loaded = [importlib.import_module(f"megatron.core.{name}") for name in _MCORE_MODULES if _exists(name)]
+    assert loaded
+    _give_view()
+    torch.Tensor.cuda = _as_is  # type: ignore[method-assign, assignment]  # on a CPU it could only raise
+    _adapt_random()
+    _adapt_optimizer()
+    _adapt_moe()
+    _adapt_checkpointing()
+
+
+def _exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"megatron.core.{name}") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _as_is(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return tensor
+
+
+# ------------------------------------------------------------------ imports
+
+
+@contextlib.contextmanager
+def _identity_compile() -> Iterator[None]:
+    def identity(model: Any = None, **_: object) -> Any:
+        return model if model is not None else (lambda function: function)
+
+    # Load the compiler's front end first: optimizers import it later and it must see the true torch.
+    importlib.import_module("torch._dynamo")
+    compile_, torch.compile = torch.compile, identity  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+
+
+@contextlib.contextmanager
+def _triton_stub() -> Iterator[None]:
+    """mcore 0.18 and 0.19 import triton unconditionally; no kernel of it runs on a CPU."""
+    version = importlib.metadata.version("megatron-core").split(".")
+    if importlib.util.find_spec("triton") is not None or (int(version[0]), int(version[1])) < (0, 18):
+        yield
+        return
+    names = ("triton", "triton.language")
+    for name in names:
+        stub = types.ModuleType(name)
+        stub.__version__ = "3.0.0"  # type: ignore[attr-defined]
+        stub.jit = lambda function=None, **_: function  # type: ignore[attr-defined]
+        stub.constexpr = int  # type: ignore[attr-defined]
+        stub.cdiv = lambda a, b: -(-a // b)  # type: ignore[attr-defined]
+        stub.__spec__ = importlib.util.spec_from_loader(name, loader=None)
+        sys.modules[name] = stub
+    sys.modules["triton"].language = sys.modules["triton.language"]  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+# ------------------------------------------------------------------ the view of torch
+
+
+def _on_cpu(device: Any) -> Any:
+    cuda = isinstance(device, int) or str(device).startswith("cuda")
+    return "cpu" if device is not None and cuda else device
+
+
+def _factory(function: Any) -> Any:
+    @functools.wraps(function)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("pin_memory", None)
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return function(*args, **kwargs)
+
+    return make
+
+
+class _Idle:
+    """A CUDA stream or event where there is none: every method does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __enter__(self) -> _Idle:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def _cuda_view() -> types.ModuleType:
+    view = types.ModuleType("torch.cuda")
+    view.__dict__.update(torch.cuda.__dict__)
+    changes: dict[str, Any] = {
+        "is_available": lambda: False,
+        "current_device": lambda: torch.device("cpu"),
+        "device_count": lambda: 0,
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "current_stream": _Idle,
+        "default_stream": _Idle,
+        "stream": _Idle,
+        "Stream": _Idle,
+        "Event": _Idle,
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+    }
+    view.__dict__.update(changes)
+    return view
+
+
+@functools.cache
+def _torch_view() -> types.ModuleType:
+    view = types.ModuleType("torch")
+    view.__dict__.update(torch.__dict__)
+    view.__dict__.update({name: _factory(getattr(torch, name)) for name in _FACTORIES})
+    view.__dict__["cuda"] = _cuda_view()
+    view.__dict__["__getattr__"] = lambda name: getattr(torch, name)
+    return view
+
+
+def _give_view() -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = _torch_view()  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------ the replaced places
+
+
+def _adapt_random() -> None:
+    """Random states come from the CPU generator; mcore's tracker would warn that the CPU state changed."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+
+    class CpuRngTracker(random.CudaRNGStatesTracker):  # type: ignore[misc, name-defined]
+        @contextlib.contextmanager
+        def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            before = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(before)
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def _adapt_optimizer() -> None:
+    """mcore tells parameters apart by `tensor.type()` and expects FusedAdam's per-group step count."""
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    plain = importlib.import_module("megatron.core.optimizer.optimizer")
+    clip = importlib.import_module("megatron.core.optimizer.clip_grads")
+    from rest_mega.trainer.adam import GroupStepAdam
+
+    optimizer.Adam = distributed.Adam = GroupStepAdam  # type: ignore[attr-defined]
+    optimizer.USING_PYTORCH_OPTIMIZER = False  # type: ignore[attr-defined]
+    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True  # type: ignore[attr-defined]
+    cls = distributed.DistributedOptimizer
+    cls.__init__ = _as_cuda_types(cls.__init__)
+    mixed = plain.Float16OptimizerWithFloat16Params
+    mixed.__init__ = _as_cuda_types(mixed.__init__)
+    scaled = _as_cuda_types(clip.clip_grad_by_total_norm_fp32)
+    for module in (clip, plain):
+        module.clip_grad_by_total_norm_fp32 = scaled  # type: ignore[attr-defined]
+
+
+def _as_cuda_types(function: Any) -> Any:
+    """Inside `function`, `tensor.type()` of a CPU tensor answers with the CUDA name."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        true_type = torch.Tensor.type
+
+        def named(tensor: torch.Tensor, *a: Any, **k: Any) -> Any:
+            known = _CUDA_TYPE.get(tensor.dtype)
+            return known if known and not a and not k else true_type(tensor, *a, **k)
+
+        torch.Tensor.type = named  # type: ignore[method-assign, assignment]
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.Tensor.type = true_type  # type: ignore[method-assign]
+
+    return call
+
+
+def _adapt_moe() -> None:
+    """Split sizes must be Python integers for gloo; names that only Transformer Engine defines are None."""
+    utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    for name in ("te_general_gemm", "fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss"):
+        if not hasattr(utils, name):
+            setattr(utils, name, None)
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+
+    def to_host(tensor: Any, *_: object, as_numpy: bool = False, **__: object) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    if hasattr(dispatcher, "maybe_move_tensor_to_cpu"):
+        dispatcher.maybe_move_tensor_to_cpu = to_host  # type: ignore[attr-defined]
+
+
+def _adapt_checkpointing() -> None:
+    """The writer's result queue is made by a spawned manager (10 s of imports per rank); fork it instead."""
+    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    for name in ("_get_write_results_queue", "get_write_results_queue"):
+        if hasattr(writer, name):
+            setattr(writer, name, _results_queue)
+
+
+@functools.cache
+def _results_queue(*_: object) -> Any:
+    return multiprocessing.get_context("fork").Manager().Queue()

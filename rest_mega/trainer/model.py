@@ -1,0 +1,265 @@
+"""ModelConfig -> this rank's chunks of a megatron-core GPTModel, shaped after a Hugging Face config.
+
+The one place that knows model families and layer specs. A chunk returns hidden states on the last stage,
+not logits: the head of `losses.head` takes the trained rows alone and never stores logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rest_mega.config import ConfigError, ModelConfig, ParallelConfig, require
+from rest_mega.trainer.parallel import Parallel
+
+VOCABULARY_MULTIPLE = 128
+"""Embedding rows are padded to this multiple (times TP beyond it), whatever the layout, as Megatron does."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family of decoders apart from Llama."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a decoder, read from a Hugging Face config."""
+
+    family: Family
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    norm_eps: float
+    max_positions: int
+    rope_inv_freq: tuple[float, ...]
+    """Rotary frequencies, scaling (linear, llama3) included."""
+
+    def padded_vocab(self, tensor: int) -> int:
+        """Embedding rows with padding: a multiple of 128 and of the tensor-parallel size."""
+        multiple = VOCABULARY_MULTIPLE
+        while multiple % tensor:
+            multiple += VOCABULARY_MULTIPLE
+        return -(-self.vocab_size // multiple) * multiple
+
+    def check(self, parallel: ParallelConfig) -> None:
+        """ConfigError unless this decoder can be cut as `parallel` says."""
+        tp, stages = parallel.tensor, parallel.pipeline * parallel.virtual_pipeline
+        _divides("parallel.tensor", tp, "attention heads", self.heads)
+        _divides("parallel.tensor", tp, "feed-forward size", self.ffn)
+        _divides("parallel.pipeline x parallel.virtual_pipeline", stages, "layers", self.layers)
+        require(
+            self.kv_heads % tp == 0 or tp % self.kv_heads == 0,
+            f"parallel.tensor={tp} and {self.kv_heads} key-value heads: one must be a multiple of the other",
+        )
+        require(parallel.expert == 1, f"parallel.expert={parallel.expert} needs a mixture-of-experts model; use 1")
+
+
+def _divides(key: str, value: int, what: str, size: int) -> None:
+    good = [d for d in range(1, size + 1) if size % d == 0]
+    require(size % value == 0, f"{key}={value} does not divide the model's {size} {what}; use one of {good}")
+
+
+def read_architecture(path: str) -> Architecture:
+    """The sizes in `path`/config.json; ConfigError for an unknown family or an unsupported feature."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path!r} holds no readable config.json ({error})") from error
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ConfigError(f"model.path={path!r} is of family {config.model_type!r}; known: {', '.join(FAMILIES)}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    unsupported = {
+        "sliding-window attention": bool(getattr(config, "sliding_window", None))
+        and getattr(config, "use_sliding_window", True)
+        and config.sliding_window < config.max_position_embeddings,
+        "attention_bias": bool(getattr(config, "attention_bias", False)),
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+        f"hidden_act={config.hidden_act}": config.hidden_act != "silu",
+    }
+    require(not any(unsupported.values()), f"{path}/config.json: {[k for k, v in unsupported.items() if v]} not supported")
+    return Architecture(
+        family=family,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        ffn=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        vocab_size=config.vocab_size,
+        tied=config.tie_word_embeddings,
+        norm_eps=config.rms_norm_eps,
+        max_positions=config.max_position_embeddings,
+        rope_inv_freq=_rope(config, head_dim, path),
+    )
+
+
+def _rope(config: Any, head_dim: int, path: str) -> tuple[float, ...]:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return tuple((1.0 / rope["rope_theta"] ** exponents).tolist())
+    if kind not in ("linear", "llama3"):
+        raise ConfigError(f"{path}/config.json: rope_type={kind!r} is not supported; known: default, linear, llama3")
+    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return tuple(frequencies.tolist())
+
+
+def uses_transformer_engine(config: ModelConfig) -> bool:
+    """Whether layers are Transformer Engine's; ConfigError when asked for and not there."""
+    there = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    require(
+        config.layers != "te" or there,
+        "model.layers=te needs a CUDA device and transformer-engine: pip install 'rest-mega[gpu]' or model.layers=local",
+    )
+    return there and config.layers != "local"
+
+
+def transformer_config(architecture: Architecture, config: ModelConfig, parallel: Parallel) -> Any:
+    """mcore's TransformerConfig; settings that the installed mcore does not have are left out."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.transformer import TransformerConfig
+
+    sizes, cuda = parallel.config, parallel.device.type == "cuda"
+    te = uses_transformer_engine(config)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+    interleaved = sizes.virtual_pipeline > 1
+    settings: dict[str, Any] = {
+        "num_layers": architecture.layers,
+        "hidden_size": architecture.hidden,
+        "ffn_hidden_size": architecture.ffn,
+        "num_attention_heads": architecture.heads,
+        "num_query_groups": architecture.kv_heads,
+        "kv_channels": architecture.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": architecture.norm_eps,
+        "activation_func": torch.nn.functional.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": architecture.family.qkv_bias,
+        "qk_layernorm": architecture.family.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": config.dtype == "bf16",
+        "tensor_model_parallel_size": sizes.tensor,
+        "pipeline_model_parallel_size": sizes.pipeline,
+        "virtual_pipeline_model_parallel_size": sizes.virtual_pipeline if interleaved else None,
+        "context_parallel_size": sizes.context,
+        "sequence_parallel": sizes.sequence,
+        "use_cpu_initialization": not cuda,
+        "perform_initialization": False,
+        "calculate_per_token_loss": True,
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "deallocate_pipeline_outputs": True,
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "batch_p2p_sync": cuda,
+        "persist_layer_norm": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": cuda,
+        "bias_activation_fusion": cuda,
+        "apply_rope_fusion": te,
+        "gradient_accumulation_fusion": cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        "finalize_model_grads_func": finalize_model_grads,
+        **_recompute(config.recompute),
+    }
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    return TransformerConfig(**{key: value for key, value in settings.items() if key in known})
+
+
+def _recompute(mode: str) -> dict[str, Any]:
+    if mode == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective"} if mode == "selective" else {}
+
+
+def build(architecture: Architecture, config: ModelConfig, parallel: Parallel) -> list[Any]:
+    """This rank's model chunks (one, or `virtual_pipeline` many), parameters not yet set.
+
+    Each maps ids_T to hidden states [T, 1, D] (T / TP rows under sequence parallelism) on the last stage.
+    """
+    architecture.check(parallel.config)
+    mcore = transformer_config(architecture, config, parallel)
+    count = parallel.config.virtual_pipeline
+    stages = [None] if count == 1 else list(range(count))
+    return [_chunk(architecture, config, mcore, parallel, stage) for stage in stages]
+
+
+def _chunk(architecture: Architecture, config: ModelConfig, mcore: Any, parallel: Parallel, stage: int | None) -> Any:
+    from megatron.core.models.gpt import GPTModel
+
+    class PolicyModel(GPTModel):  # type: ignore[misc]
+        """GPTModel whose last stage ends with the final norm."""
+
+        def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return hidden_states
+
+    last = parallel.config.virtual_pipeline - 1
+    model = PolicyModel(
+        config=mcore,
+        transformer_layer_spec=_layer_spec(architecture, config, mcore, stage),
+        vocab_size=architecture.padded_vocab(parallel.config.tensor),
+        max_sequence_length=architecture.max_positions,
+        pre_process=parallel.is_first_stage and stage in (None, 0),
+        post_process=parallel.is_last_stage and stage in (None, last),
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type="rope",
+        pg_collection=parallel.groups,
+        vp_stage=stage,
+    )
+    model.rotary_pos_emb.inv_freq = torch.tensor(architecture.rope_inv_freq, device=parallel.device)
+    return model.to(parallel.device)
+
+
+def _layer_spec(architecture: Architecture, config: ModelConfig, mcore: Any, stage: int | None) -> Any:
+    from megatron.core.models.gpt import gpt_layer_specs as specs
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    from rest_mega.trainer.attention import PackedAttention, RMSNorm
+
+    if uses_transformer_engine(config):
+        return specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.family.qk_norm)
+    spec = specs.get_gpt_layer_local_spec(qk_layernorm=architecture.family.qk_norm)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = PackedAttention
+    if architecture.family.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layers = get_num_layers_to_build(mcore, vp_stage=stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+
+
+def head_weight(model: Any) -> torch.Tensor:
+    """The LM head's rows on this rank, [V, D], of a chunk that has the last stage."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight

@@ -1,0 +1,229 @@
+"""torchrun's variables -> Parallel: groups, ranks, is_lead. Sole reader of mcore's parallel_state and of os.environ.
+
+A *replica* is one TP x CP x PP block that holds one copy of the model. Its *lead*, the first of its ranks,
+is the one that talks to the rollout engine and to the tools. Groups made here:
+
+- mcore's own groups (TP, PP, DP, ...) carry tensors of the training step: gloo on a CPU, NCCL on GPUs;
+- `control` (all ranks) and `replica` are gloo and carry small host data; their deadline is the rollout's,
+  so that NCCL's watchdog never times a rollout.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from rest_mega.config import ConfigError, ParallelConfig
+from rest_mega.trainer import device as devices
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+def world_size() -> int:
+    """Number of ranks that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's rank; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This rank's place in the run, and the few collectives that the loop needs."""
+
+    config: ParallelConfig
+    device: torch.device
+    rank: int
+    world_size: int
+    groups: Any
+    """mcore's ProcessGroupCollection."""
+    replica: dist.ProcessGroup
+    control: dist.ProcessGroup
+    replica_ranks: tuple[int, ...]
+    tensor_rank: int
+    pipeline_rank: int
+    context_rank: int
+    data_rank: int
+    """Index of this rank's replica."""
+    data_size: int
+    """Number of replicas."""
+
+    @property
+    def lead(self) -> int:
+        """Global rank of this replica's lead."""
+        return self.replica_ranks[0]
+
+    @property
+    def is_lead(self) -> bool:
+        """True on the rank that talks to the engine for this replica."""
+        return self.rank == self.lead
+
+    @property
+    def is_head(self) -> bool:
+        """True on the one rank that writes the run's files."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """True where the embedding is."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where the LM head and the loss are."""
+        return self.pipeline_rank == self.config.pipeline - 1
+
+    @property
+    def counts_tokens(self) -> bool:
+        """True on one tensor rank of each last stage: the ranks whose per-token sums add up to the batch."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+    def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Element-wise sum over all ranks (float64)."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def maximum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Element-wise maximum over all ranks (float64)."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: npt.NDArray[np.float64], op: Any) -> npt.NDArray[np.float64]:
+        tensor = torch.from_numpy(np.array(values, dtype=np.float64))
+        dist.all_reduce(tensor, op=op, group=self.control)
+        return tensor.numpy()
+
+    def share(self, arrays: Arrays | None) -> dict[str, npt.NDArray[Any]]:
+        """The lead's arrays on every rank of its replica; others pass None. No pickle crosses the wire."""
+        data = _pack(arrays) if self.is_lead and arrays is not None else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([data.numel()], dtype=torch.int64)
+        dist.broadcast(size, self.lead, group=self.replica)
+        if not self.is_lead:
+            data = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, self.lead, group=self.replica)
+        return _unpack(data)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self.control)
+
+
+def _pack(arrays: Arrays) -> torch.Tensor:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _unpack(data: torch.Tensor) -> dict[str, npt.NDArray[Any]]:
+    with np.load(io.BytesIO(data.numpy().tobytes()), allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def start(config: ParallelConfig, device_name: str) -> Parallel:
+    """Join the run: process groups, mcore's parallel state, this rank's device.
+
+    ConfigError when the world size does not fit the parallel sizes or the device is not there.
+    """
+    config.data_parallel(world_size())
+    devices.adapt_mcore()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        torch.set_num_threads(1)
+    device = devices.resolve(device_name)
+    _join(config, device)
+    _model_parallel(config)
+    return _place(config, device)
+
+
+def stop() -> None:
+    """Leave the run: destroy mcore's groups and torch's."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(config: ParallelConfig, device: torch.device) -> None:
+    if dist.is_initialized():
+        return
+    _loopback_for_gloo()
+    init = os.environ.get("REST_MEGA_INIT_METHOD")
+    if init is None:
+        init = "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{_free_port()}"
+    dist.init_process_group(
+        devices.backend(device),
+        init_method=init,
+        rank=rank(),
+        world_size=world_size(),
+        timeout=datetime.timedelta(seconds=config.timeout_s),
+    )
+
+
+def _loopback_for_gloo() -> None:
+    """Where all ranks are on this machine, gloo listens on loopback and needs no host name."""
+    one_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) == world_size()
+    if one_node:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _model_parallel(config: ParallelConfig) -> None:
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        raise ConfigError("model parallel groups exist already: call parallel.stop() before starting anew")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        distributed_timeout_minutes=max(1, int(config.timeout_s // 60)),
+        create_gloo_process_groups=False,
+    )
+
+
+def _place(config: ParallelConfig, device: torch.device) -> Parallel:
+    from megatron.core import parallel_state as state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    wait = datetime.timedelta(seconds=config.rollout_timeout_s)
+    control = dist.new_group(backend="gloo", timeout=wait)
+    data_rank = state.get_data_parallel_rank()
+    everyone = torch.zeros(world_size(), dtype=torch.int64)
+    everyone[rank()] = data_rank
+    dist.all_reduce(everyone, group=control)
+    replicas = [tuple(torch.nonzero(everyone == r).flatten().tolist()) for r in range(int(everyone.max()) + 1)]
+    groups = [dist.new_group(list(ranks), backend="gloo", timeout=wait) for ranks in replicas]
+    return Parallel(
+        config=config,
+        device=device,
+        rank=rank(),
+        world_size=world_size(),
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        replica=groups[data_rank],
+        control=control,
+        replica_ranks=replicas[data_rank],
+        tensor_rank=state.get_tensor_model_parallel_rank(),
+        pipeline_rank=state.get_pipeline_model_parallel_rank(),
+        context_rank=state.get_context_parallel_rank(),
+        data_rank=data_rank,
+        data_size=state.get_data_parallel_world_size(),
+    )
