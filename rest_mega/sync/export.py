@@ -41,7 +41,7 @@ class Exporter:
             "holds": parallel.context_rank == 0,
             "shapes": {name: list(p.shape) for name, p in self._mine.items()},
         }
-        self._places = [json.loads(text) for text in _all_gather_text(json.dumps(place), parallel)]
+        self._places = [json.loads(text) for text in parallel.gather_text(json.dumps(place), parallel.replica)]
         self._dtype = next(iter(self._mine.values())).dtype
 
     @torch.no_grad()
@@ -90,16 +90,6 @@ class Exporter:
     @functools.cache  # noqa: B019  # an exporter lives as long as its model
     def _pieces(self, name: str, tensor_rank: int) -> list[Piece]:
         return pieces(name, self._architecture, tensor_rank, self._parallel.config.tensor)
-
-
-def _all_gather_text(text: str, parallel: Parallel) -> list[str]:
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in parallel.replica_ranks]
-    dist.all_gather(sizes, torch.tensor([data.numel()]), group=parallel.replica)
-    longest = max(int(s) for s in sizes)
-    parts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - data.numel())), group=parallel.replica)
-    return [bytes(p[: int(s)].numpy()).decode() for p, s in zip(parts, sizes, strict=True)]
 
 
 def save_hf(exporter: Exporter, architecture: Architecture, source: str, folder: Path, *, write: bool) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import io
+import json
 import os
 import socket
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ from rest_mega.config import ConfigError, ParallelConfig
 from rest_mega.trainer import device as devices
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+Sums = Mapping[str, tuple[float, float]]
+"""Name -> (total, count): what a mean needs to be merged over ranks."""
 
 
 def world_size() -> int:
@@ -94,6 +97,10 @@ class Parallel:
         """Element-wise sum over all ranks (float64)."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
+    def sum_one(self, value: float) -> float:
+        """Sum of one number over all ranks."""
+        return float(self.sum(np.array([float(value)]))[0])
+
     def maximum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Element-wise maximum over all ranks (float64)."""
         return self._reduce(values, dist.ReduceOp.MAX)
@@ -112,6 +119,27 @@ class Parallel:
             data = torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(data, self.lead, group=self.replica)
         return _unpack(data)
+
+    def gather_text(self, text: str, group: dist.ProcessGroup | None = None) -> list[str]:
+        """Every rank's text, in rank order, on every rank of `group` (default: all ranks)."""
+        group = group or self.control
+        size = dist.get_world_size(group)
+        data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+        dist.all_gather(lengths, torch.tensor([data.numel()]), group=group)
+        longest = max(int(n) for n in lengths)
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(size)]
+        dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - data.numel())), group=group)
+        return [bytes(p[: int(n)].numpy()).decode() for p, n in zip(parts, lengths, strict=True)]
+
+    def merge(self, sums: Sums) -> dict[str, float]:
+        """Means over all ranks' (total, count) pairs, on every rank; names need not be the same on all ranks."""
+        merged: dict[str, tuple[float, float]] = {}
+        for text in self.gather_text(json.dumps(sums)):
+            for name, (total, count) in json.loads(text).items():
+                before = merged.get(name, (0.0, 0.0))
+                merged[name] = (before[0] + total, before[1] + count)
+        return {name: total / count for name, (total, count) in merged.items() if count > 0}
 
     def barrier(self) -> None:
         """Wait for all ranks."""

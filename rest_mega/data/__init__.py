@@ -1,0 +1,1 @@
+"""Prompts, tokenizers and chat formats: everything between a file on disk and token ids."""

@@ -1,0 +1,1 @@
+"""Held-out success and benchmarks, during training or alone."""

@@ -1,0 +1,1 @@
+"""Samples trajectories: engines, the token ledger, turn-by-turn collection with tools."""

@@ -1,0 +1,142 @@
+"""Runs the siblings of each prompt turn by turn, tools between the turns -> groups of trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from rest_mega.config import ConfigError, EnvironmentConfig, RolloutConfig
+from rest_mega.data.chat import ChatFormat
+from rest_mega.data.tokenizer import Tokenizer
+from rest_mega.dialects import Reply, parse
+from rest_mega.environments import Environment, answer_calls, make_environment
+from rest_mega.records import Prompt, Trajectory, Turn
+from rest_mega.rollout.engine import Completion, Engine, Request, Sampling, seed_of
+from rest_mega.rollout.ledger import Ledger
+
+
+@dataclass
+class _Episode:
+    """One trajectory while it grows."""
+
+    prompt: Prompt
+    sibling: int
+    environment: Environment
+    ledger: Ledger
+    turns: list[Turn] = field(default_factory=list)
+    answer: str = ""
+    stop: str = ""
+
+
+class Collector:
+    """Plays prompts against their environments with one engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        chat: ChatFormat,
+        dialect: str,
+        config: RolloutConfig,
+        limits: EnvironmentConfig,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`stop()` is asked between turns: once true, collection ends without a result."""
+        self._engine, self._tokenizer, self._chat, self._dialect = engine, tokenizer, chat, dialect
+        self._config, self._limits, self._stop = config, limits, stop
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """ConfigError when a prompt names an unknown environment or leaves no room to reply."""
+        for prompt in prompts:
+            self._open(prompt, 0)
+
+    def collect(
+        self, prompts: Sequence[Prompt], siblings: int, sampling: Sampling, seed: object
+    ) -> list[list[Trajectory]] | None:
+        """`siblings` trajectories of every prompt, [P][G]; None when a stop was asked for.
+
+        `seed` with a prompt's id, the sibling and the turn decides what is sampled, whatever else is in the batch.
+        """
+        episodes = [self._open(prompt, g) for prompt in prompts for g in range(siblings)]
+        for turn in range(self._config.max_turns):
+            active = [e for e in episodes if not e.stop]
+            if not active:
+                break
+            if self._stop():
+                return None
+            requests = [self._request(e, (seed, e.prompt.id, e.sibling, turn)) for e in active]
+            for episode, done in zip(active, self._engine.generate(requests, sampling), strict=True):
+                self._advance(episode, done, turn)
+        trajectories = [self._close(e) for e in episodes]
+        return [trajectories[i : i + siblings] for i in range(0, len(trajectories), siblings)]
+
+    def _open(self, prompt: Prompt, sibling: int) -> _Episode:
+        environment = make_environment(prompt.environment, prompt.task)
+        ids = self._chat.prompt_ids(prompt.messages, prompt.tools or environment.specs)
+        if len(ids) >= self._config.max_tokens:
+            raise ConfigError(
+                f"prompt {prompt.id!r} has {len(ids)} tokens, rollout.max_tokens is {self._config.max_tokens}: "
+                "raise rollout.max_tokens (and packing.tokens) or leave the prompt out"
+            )
+        return _Episode(prompt, sibling, environment, Ledger(ids))
+
+    def _request(self, episode: _Episode, seed: tuple[object, ...]) -> Request:
+        room = self._config.max_tokens - len(episode.ledger)
+        return Request(episode.ledger.ids_T, min(self._config.max_new_tokens, room), seed_of(*seed))
+
+    def _advance(self, episode: _Episode, done: Completion, turn: int) -> None:
+        """Record a sampled turn, answer its calls, and say whether the episode goes on."""
+        start, end = episode.ledger.sample(done, turn)
+        ids = done.ids_T[:-1] if done.finished else done.ids_T
+        text = b"".join(self._tokenizer.token_bytes(int(i)) for i in ids)
+        reply = parse(text, self._dialect)
+        goes_on = done.finished and (reply.calls or not reply.well_formed) and episode.prompt.environment != "none"
+        outcomes = answer_calls(episode.environment, reply, self._limits) if goes_on else ()
+        episode.turns.append(
+            Turn(
+                start=start,
+                end=end,
+                text=text.decode("utf-8", "replace"),
+                well_formed=reply.well_formed and done.finished,
+                answer=reply.answer,
+                calls=reply.calls,
+                outcomes=outcomes,
+            )
+        )
+        if not goes_on:
+            self._finish(episode, reply, done)
+        elif turn + 1 == self._config.max_turns:
+            episode.stop = "turn_limit"
+        else:
+            self._observe(episode)
+
+    def _finish(self, episode: _Episode, reply: Reply, done: Completion) -> None:
+        episode.stop = "answered" if done.finished else "token_limit"
+        episode.answer = reply.answer if done.finished else ""
+
+    def _observe(self, episode: _Episode) -> None:
+        """Append the tool results, unless no room is left to reply to them."""
+        turn = episode.turns[-1]
+        malformed = not turn.well_formed  # one outcome speaks for the whole reply
+        names = [""] * len(turn.outcomes) if malformed else [call.name for call in turn.calls]
+        results = [(name, outcome.content) for name, outcome in zip(names, turn.outcomes, strict=True)]
+        ids = self._chat.tool_result_ids(results)
+        if len(episode.ledger) + len(ids) >= self._config.max_tokens:
+            episode.stop = "length"
+        else:
+            episode.ledger.observe(ids)
+
+    def _close(self, episode: _Episode) -> Trajectory:
+        ledger = episode.ledger
+        return Trajectory(
+            prompt=episode.prompt,
+            sibling=episode.sibling,
+            ids_T=ledger.ids_T,
+            logprobs_T=ledger.logprobs_T,
+            mask_T=ledger.mask_T,
+            turn_T=ledger.turn_T,
+            version_T=ledger.version_T,
+            turns=tuple(episode.turns),
+            stop=episode.stop,
+            result=episode.environment.finish(episode.answer),
+        )

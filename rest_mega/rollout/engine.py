@@ -1,0 +1,64 @@
+"""Engine protocol: token ids in, sampled token ids with log-probs out; parameters in, a version out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rest_mega.records import Floats, Ints
+
+
+@dataclass(frozen=True)
+class Request:
+    """Continue `ids_T` by at most `max_new_tokens`; `seed` alone decides what is drawn."""
+
+    ids_T: Ints
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The sampled tokens, the end-of-turn token included when one was drawn."""
+
+    ids_T: Ints
+    logprobs_T: Floats
+    """Log-prob of each sampled token at the sampling temperature, before any nucleus cut."""
+    finished: bool
+    """True when the last token ends the turn; False when `max_new_tokens` cut it off."""
+    version: int
+    """Policy version that sampled it."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    greedy: bool = False
+
+
+class Engine(Protocol):
+    """What the collector and the weight sync ask of a rollout engine."""
+
+    @property
+    def version(self) -> int:
+        """Version of the parameters being served; -1 before the first load."""
+
+    def load_parameters(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
+        """Replace all parameters by (Hugging Face name, whole tensor); ValueError for wrong names or shapes."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion per request, in order."""
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed that depends on nothing but `parts`: the same draw whatever the layout or the batch."""
+    text = "/".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

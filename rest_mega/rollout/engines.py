@@ -1,0 +1,46 @@
+"""The table of engines: a name in the config -> an Engine. Heavy imports happen inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rest_mega.config import RolloutConfig, one_of
+from rest_mega.data.tokenizer import Tokenizer
+from rest_mega.rollout.engine import Engine
+
+
+def make_engine(
+    config: RolloutConfig, *, model_path: str, dtype: str, tokenizer: Tokenizer, device: Any, record_to: Path
+) -> Engine:
+    """The engine that `rollout.engine` names; with rollout.record its completions are kept in `record_to`."""
+    one_of("rollout.engine", config.engine, ENGINES)
+    engine = ENGINES[config.engine](config, model_path=model_path, dtype=dtype, tokenizer=tokenizer, device=device)
+    if not config.record:
+        return engine
+    from rest_mega.rollout.replay_engine import RecordingEngine
+
+    return RecordingEngine(engine, record_to)
+
+
+def _embedded(config: RolloutConfig, *, model_path: str, dtype: str, tokenizer: Tokenizer, device: Any) -> Engine:
+    from rest_mega.rollout.embedded_engine import EmbeddedEngine
+
+    return EmbeddedEngine(
+        model_path,
+        end_of_turn_ids=tokenizer.end_of_turn_ids,
+        pad_id=tokenizer.pad_id,
+        batch_size=config.batch_size,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _replay(config: RolloutConfig, **_: Any) -> Engine:
+    from rest_mega.rollout.replay_engine import ReplayEngine
+
+    return ReplayEngine(Path(config.replay))
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {"embedded": _embedded, "replay": _replay}

@@ -1,0 +1,108 @@
+"""Answers from recorded rollouts: to debug a step, or to train from a file without an engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from rest_mega.config import ConfigError
+from rest_mega.rollout.engine import Completion, Engine, Request, Sampling
+
+
+class RecordingEngine:
+    """Another engine, every completion of which is also appended to a JSONL file."""
+
+    def __init__(self, inner: Engine, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._inner = inner
+        self._file: TextIO = file.open("a")
+
+    @property
+    def version(self) -> int:
+        """The inner engine's version."""
+        return self._inner.version
+
+    def load_parameters(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
+        """Passed on."""
+        self._inner.load_parameters(tensors, version)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Passed on, then recorded."""
+        done = self._inner.generate(requests, sampling)
+        for request, completion in zip(requests, done, strict=True):
+            self._file.write(json.dumps(_row(request, completion, sampling)) + "\n")
+        self._file.flush()
+        return done
+
+    def close(self) -> None:
+        """Close the file and the inner engine."""
+        self._file.close()
+        self._inner.close()
+
+
+def _key(request: Request, sampling: Sampling) -> tuple[int, int, bool]:
+    return request.seed, len(request.ids_T), sampling.greedy
+
+
+def _row(request: Request, done: Completion, sampling: Sampling) -> dict[str, Any]:
+    return {
+        "key": _key(request, sampling),
+        "ids": done.ids_T.tolist(),
+        "logprobs": [float(x) for x in done.logprobs_T],
+        "finished": done.finished,
+        "version": done.version,
+    }
+
+
+class ReplayEngine:
+    """Serves what a RecordingEngine wrote; parameters are accepted and ignored."""
+
+    def __init__(self, folder: Path) -> None:
+        """ConfigError when `folder` holds no recordings or a line is malformed."""
+        files = sorted(folder.glob("*.jsonl"))
+        if not files:
+            raise ConfigError(f"rollout.replay={str(folder)!r} holds no *.jsonl; record with rollout.record=true first")
+        self._done: dict[tuple[Any, ...], Completion] = {}
+        for file in files:
+            for number, line in enumerate(file.read_text().splitlines(), start=1):
+                self._add(line, f"{file}:{number}")
+        self._version = -1
+
+    def _add(self, line: str, place: str) -> None:
+        try:
+            row = json.loads(line)
+            self._done[tuple(row["key"])] = Completion(
+                np.array(row["ids"], dtype=np.int32),
+                np.array(row["logprobs"], dtype=np.float32),
+                bool(row["finished"]),
+                int(row["version"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{place}: not a recorded completion ({error!r}); record the rollouts anew") from error
+
+    @property
+    def version(self) -> int:
+        """The version last announced."""
+        return self._version
+
+    def load_parameters(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
+        """Exhaust the stream; recorded completions do not depend on parameters."""
+        for _ in tensors:
+            pass
+        self._version = version
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """The recorded completions; ConfigError for a request that was not recorded."""
+        try:
+            return [self._done[_key(request, sampling)] for request in requests]
+        except KeyError as error:
+            raise ConfigError(
+                f"request {error} was not recorded: replay needs the run.seed, prompts and steps of the recorded run"
+            ) from error
+
+    def close(self) -> None:
+        """Nothing to free."""

@@ -1,0 +1,104 @@
+"""`rest-mega sft`: supervised warm start on chat dialogues, with the trainer that RL uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from rest_mega.assemble import Inputs, Session, open_session, read_inputs, run_state
+from rest_mega.config import ConfigError, RunConfig, require
+from rest_mega.data.prompts import load_dialogues
+from rest_mega.evaluate import held_out
+from rest_mega.records import Sample
+from rest_mega.sync.export import save_hf
+from rest_mega.sync.publish import publish
+from rest_mega.telemetry.report import summary_line, write_report
+from rest_mega.trainer import checkpoint
+
+INTERRUPTED = 130
+
+
+def run(config: RunConfig) -> int:
+    """Train on the assistant turns of `sft.data` for `run.steps` steps; evaluates at the end if prompts are given."""
+    inputs = read_inputs(config, prompts=False)
+    samples = read_samples(config, inputs)
+    session = open_session(config, inputs, total_steps=config.run.steps, rollouts=bool(inputs.held_out))
+    try:
+        return _loop(session, samples)
+    finally:
+        session.close()
+
+
+def read_samples(config: RunConfig, inputs: Inputs) -> list[Sample]:
+    """Every dialogue of `sft.data` as ids and mask; ConfigError for one that does not fit into a micro-batch."""
+    require(bool(config.sft.data), "sft.data is empty; name a JSONL file of chat dialogues")
+    samples = []
+    for number, (messages, tools) in enumerate(load_dialogues(config.sft.data), start=1):
+        ids, mask = inputs.chat.dialogue_ids(messages, tools)
+        if len(ids) - 1 > config.packing.tokens:
+            raise ConfigError(
+                f"{config.sft.data}: dialogue {number} has {len(ids)} tokens, packing.tokens is "
+                f"{config.packing.tokens}: raise packing.tokens or shorten the dialogue"
+            )
+        length = len(ids)
+        samples.append(
+            Sample(
+                ids_T=np.array(ids, dtype=np.int32),
+                mask_T=np.array(mask, dtype=np.bool_),
+                regions_T=np.zeros(length, dtype=np.int8),
+                logprobs_T=np.zeros(length, dtype=np.float32),
+                advantage=0.0,
+            )
+        )
+    return samples
+
+
+def step_indices(count: int, config: RunConfig, step: int) -> list[int]:
+    """Dialogues of 1-based `step`: in file order, or in an order drawn anew for every epoch."""
+    size = config.sft.dialogues_per_step
+    chosen = []
+    for position in range((step - 1) * size, step * size):
+        epoch, index = divmod(position, count)
+        if config.sft.shuffle:
+            index = int(np.random.default_rng((config.run.seed, epoch)).permutation(count)[index])
+        chosen.append(index)
+    return chosen
+
+
+def _loop(s: Session, samples: list[Sample]) -> int:
+    config, place, step = s.config, s.place, int(s.resumed.get("step", 0))
+    while step < config.run.steps:
+        if place.sum_one(s.stop()) > 0:
+            _save(s, step)
+            return INTERRUPTED
+        step += 1
+        mine = step_indices(len(samples), config, step)[place.data_rank :: place.data_size]
+        with s.reporter.phase("train"):
+            result = s.trainer.supervised_step(s.trainer.pack([samples[i] for i in mine])[0])
+        metrics = {"train/loss": result.loss, "train/grad_norm": result.grad_norm, "train/lr": result.lr}
+        last = step == config.run.steps
+        if s.inputs.held_out and (last or (config.evaluation.every and step % config.evaluation.every == 0)):
+            with s.reporter.phase("evaluate"):
+                publish(s.exporter, s.engine, step)
+                metrics |= held_out(s)
+        s.reporter.step(step, metrics, [])
+        if last or (config.run.save_every and step % config.run.save_every == 0):
+            _save(s, step)
+    _finish(s)
+    return 0
+
+
+def _save(s: Session, step: int) -> None:
+    run = s.config.run
+    checkpoint.save(s.trainer, Path(run.dir), step, run_state(s), run.keep_checkpoints)
+    s.reporter.event("checkpoint", f"saved step {step}")
+
+
+def _finish(s: Session) -> None:
+    run_dir = Path(s.config.run.dir)
+    if s.config.run.export and s.place.data_rank == 0:
+        save_hf(s.exporter, s.inputs.architecture, s.config.model.path, run_dir / "hf", write=s.place.is_head)
+    if s.place.is_head:
+        write_report(run_dir)
+        s.reporter.event("done", summary_line(run_dir))

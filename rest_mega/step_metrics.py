@@ -1,0 +1,127 @@
+"""What a training step reports: metrics of rollouts, credit and optimizer steps, and rows for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rest_mega.config import CreditConfig
+from rest_mega.credit import weights as credit
+from rest_mega.credit.advantages import advantages
+from rest_mega.credit.regions import tag_trajectory
+from rest_mega.data.tokenizer import Tokenizer
+from rest_mega.dialects import Region
+from rest_mega.records import Floats, StepResult, Trajectory
+
+STOPS = ("answered", "turn_limit", "token_limit", "length")
+
+
+@dataclass(frozen=True)
+class RolloutView:
+    """One lead's rollouts of a step; empty on other ranks."""
+
+    groups: Sequence[Sequence[Trajectory]] = ()
+    rewards_PG: Floats = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
+    parts: Mapping[str, Floats] = field(default_factory=dict)
+    dropped: int = 0
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    dialect: str = "hermes"
+    step: int = 0
+
+    def rows(self, tokenizer: Tokenizer, raw_K: Floats, count: int) -> list[dict[str, Any]]:
+        """At most `count` trajectories, whole groups first, as the report shows them."""
+        if not self.groups:
+            return []
+        advantages_PG = advantages(self.rewards_PG, self.credit.advantage)
+        flat = [(p, g) for p, group in enumerate(self.groups) for g in range(len(group))][:count]
+        return [self._row(p, g, float(advantages_PG[p, g]), tokenizer, raw_K) for p, g in flat]
+
+    def _row(self, p: int, g: int, advantage: float, tokenizer: Tokenizer, raw_K: Floats) -> dict[str, Any]:
+        t = self.groups[p][g]
+        regions_T = tag_trajectory(t, self.dialect, tokenizer.token_bytes)
+        weights_T = credit.normalise(raw_K, regions_T, t.mask_T, np.zeros_like(t.ids_T))
+        return {
+            "step": self.step,
+            "prompt": t.prompt.id,
+            "kind": str(t.prompt.task.get("kind", t.prompt.environment)),
+            "sibling": t.sibling,
+            "reward": float(self.rewards_PG[p, g]),
+            "parts": {name: float(values[p, g]) for name, values in self.parts.items()},
+            "advantage": advantage,
+            "success": t.result.get("success"),
+            "stop": t.stop,
+            "tokens": [
+                [tokenizer.token_bytes(int(i)).decode("utf-8", "replace"), int(r), *_numbers(m, w, lp)]
+                for i, r, m, w, lp in zip(t.ids_T, regions_T, t.mask_T, weights_T, t.logprobs_T, strict=True)
+            ],
+            "turns": [
+                {
+                    "calls": [{"name": c.name, "arguments": dict(c.arguments)} for c in turn.calls],
+                    "outcomes": [{"status": o.status, "content": o.content} for o in turn.outcomes],
+                }
+                for turn in t.turns
+            ],
+        }
+
+
+def _numbers(sampled: bool, weight: float, logprob: float) -> list[float | None]:
+    """[weight, log-prob, entropy] of a token; the lead does not know entropies."""
+    return [round(float(weight), 4), round(float(logprob), 4), None] if sampled else [None, None, None]
+
+
+def rollout_metrics(view: RolloutView) -> dict[str, tuple[float, float]]:
+    """Rewards, success, stops and lengths of this lead's trajectories."""
+    flat = [t for group in view.groups for t in group]
+    if not flat:
+        return {}
+    count = float(len(flat))
+    sums = {
+        "reward/mean": (float(view.rewards_PG.sum()), count),
+        "rollout/tokens": (float(sum(int(t.mask_T.sum()) for t in flat)), count),
+        "rollout/length": (float(sum(len(t.ids_T) for t in flat)), count),
+        "rollout/turns": (float(sum(len(t.turns) for t in flat)), count),
+        "rollout/malformed": (float(sum(not all(u.well_formed for u in t.turns) for t in flat)), count),
+        "groups/without_signal": (float(view.dropped), float(len(view.groups))),
+        "rollout/negative_logprob": (
+            -float(sum(t.logprobs_T.sum(dtype=np.float64) for t in flat)),
+            float(sum(int(t.mask_T.sum()) for t in flat)),
+        ),
+    }
+    sums |= {f"reward/{name}": (float(values.sum()), count) for name, values in view.parts.items()}
+    sums |= {f"stop/{kind}": (float(sum(t.stop == kind for t in flat)), count) for kind in STOPS}
+    judged = [bool(t.result["success"]) for t in flat if "success" in t.result]
+    if judged:
+        sums["success/train"] = (float(sum(judged)), float(len(judged)))
+    return sums
+
+
+def credit_metrics(sums_K: Floats, counts_K: Floats, raw_K: Floats, running_K: Floats) -> dict[str, float]:
+    """Per region: share of the trained tokens, mean entropy of the step, weight; and the variance-bound ratio."""
+    trained = max(float(counts_K.sum()), 1.0)
+    share_K = counts_K / trained
+    mean = max(float((share_K * raw_K).sum()), 1e-12)
+    metrics = {"tokens/trained": float(counts_K.sum()), "entropy/policy": float(sums_K.sum()) / trained}
+    for region in Region:
+        if counts_K[region] > 0:
+            metrics[f"share/{region.name}"] = float(share_K[region])
+            metrics[f"entropy/{region.name}"] = float(sums_K[region] / counts_K[region])
+            metrics[f"weight/{region.name}"] = float(raw_K[region]) / mean
+    if counts_K.sum() > 0:
+        metrics["credit/variance_bound_ratio"] = credit.variance_bound_ratio(running_K, share_K)
+    return metrics
+
+
+def step_metrics(results: Sequence[StepResult]) -> dict[str, float]:
+    """Loss, gradient norm and the objective's own metrics, averaged over the step's optimizer steps."""
+    metrics: dict[str, float] = {
+        "train/loss": float(np.mean([r.loss for r in results])),
+        "train/grad_norm": float(np.mean([r.grad_norm for r in results])),
+        "train/lr": results[-1].lr,
+        "train/skipped": float(sum(r.skipped for r in results)),
+    }
+    for name in results[0].metrics:
+        metrics[f"policy/{name}"] = float(np.mean([r.metrics[name] for r in results]))
+    return metrics

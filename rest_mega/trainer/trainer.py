@@ -1,0 +1,232 @@
+"""Trainer: pack samples, score them (forward only), and take optimizer steps; the only user of the optimizer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from rest_mega.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
+from rest_mega.losses import objective
+from rest_mega.records import Floats, Microbatch, Sample, StepResult
+from rest_mega.trainer import model as models
+from rest_mega.trainer import optimizer as optimizers
+from rest_mega.trainer import packing
+from rest_mega.trainer.forward import RowLoss, Runner, local_part
+from rest_mega.trainer.parallel import Parallel
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-prob and entropy of one micro-batch's trained rows; empty on ranks without the LM head."""
+
+    logprob_R: Floats
+    entropy_R: Floats
+
+
+@dataclass
+class Reports:
+    """What the loss closure measured on this rank: sums with counts, and maxima, by name."""
+
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    maxima: dict[str, torch.Tensor] = field(default_factory=dict)
+    loss: float = 0.0
+
+    def add(self, loss: torch.Tensor, sums: dict[str, torch.Tensor], maxima: dict[str, torch.Tensor]) -> None:
+        """Add one micro-batch."""
+        self.loss += float(loss.detach())
+        for name, pair in sums.items():
+            self.sums[name] = self.sums.get(name, torch.zeros(2, device=pair.device)) + pair
+        for name, value in maxima.items():
+            self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
+
+
+class Trainer:
+    """The policy on this rank and its optimizer; every method is called by all ranks together."""
+
+    def __init__(
+        self,
+        architecture: models.Architecture,
+        parallel: Parallel,
+        *,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        loss: LossConfig,
+        packing: PackingConfig,
+        temperature: float,
+        total_steps: int,
+    ) -> None:
+        """`total_steps`: optimizer steps of the whole run, for the schedules; `temperature`: of the rollouts."""
+        self.architecture, self.parallel = architecture, parallel
+        self._optimizer_config, self._loss, self._packing = optimizer, loss, packing
+        self._total_steps = max(1, total_steps)
+        self._temperature = temperature
+        self.modules = models.build(architecture, model, parallel)
+        self.optimizer_steps = 0
+
+    def prepare(self) -> None:
+        """Wrap the modules and build the optimizer; call it once, after the parameters are set."""
+        self.chunks = optimizers.wrap(self.modules, self._optimizer_config, self.parallel)
+        mcore, many = self.modules[0].config, len(self.chunks) > 1
+        mcore.no_sync_func = [c.no_sync for c in self.chunks] if many else self.chunks[0].no_sync
+        if self.chunks[0].ddp_config.overlap_grad_reduce:
+            starts = [c.start_grad_sync for c in self.chunks]
+            mcore.grad_sync_func = starts if many else starts[0]
+        self.optimizer = optimizers.build(self.chunks, self._optimizer_config, self.parallel)
+        self._runner = Runner(self.chunks, self.parallel, self.architecture.vocab_size, self._temperature)
+
+    # ---------------------------------------------------------------- batches
+
+    def pack(self, samples: Sequence[Sample], parts: int = 1) -> list[list[Microbatch]]:
+        """This replica's samples as `parts` optimizer steps of micro-batches, equally many on every replica."""
+        bounds = [len(samples) * i // parts for i in range(parts + 1)]
+        return [self._pack(samples[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+    def _pack(self, samples: Sequence[Sample]) -> list[Microbatch]:
+        sizes = self.parallel.config
+        multiple = sizes.tensor if sizes.sequence and sizes.context == 1 else 1
+        pack = functools.partial(packing.pack, samples, self._packing.tokens, pad_multiple=multiple)
+        fewest = len(packing.plan([len(s.ids_T) - 1 for s in samples], self._packing.tokens))
+        need = int(self.parallel.maximum(np.array([max(1.0, fewest)]))[0])
+        stages = sizes.pipeline if sizes.virtual_pipeline > 1 else 1
+        return pack(count=-(-need // stages) * stages)
+
+    # ---------------------------------------------------------------- scoring
+
+    def score(self, parts: Sequence[Sequence[Microbatch]]) -> list[list[Scores]]:
+        """Log-prob and full-vocabulary entropy of every trained token under the current parameters."""
+        scores = [self._score(batches) for batches in parts]
+        return scores
+
+    def _score(self, batches: Sequence[Microbatch]) -> list[Scores]:
+        empty = np.empty(0, dtype=np.float32)
+        scores = [Scores(empty, empty)] * len(batches)
+
+        def keep(index: int, logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> None:
+            scores[index] = Scores(logprob_R.float().cpu().numpy(), entropy_R.float().cpu().numpy())
+
+        for chunk in self.chunks:
+            chunk.eval()
+        self._runner.score(self._local(batches), keep)
+        return scores
+
+    def _local(self, batches: Sequence[Microbatch]) -> list[Microbatch]:
+        return [local_part(batch, self.parallel) for batch in batches]
+
+    def region_sums(
+        self, parts: Sequence[Sequence[Microbatch]], scores: Sequence[Sequence[Scores]], regions: int
+    ) -> tuple[Any, Any]:
+        """(sum_K of entropies, count_K) per region id 0..regions-1 over the global batch, on every rank."""
+        sums = np.zeros((2, regions))
+        if self.parallel.counts_tokens:
+            for batches, rows in zip(parts, scores, strict=True):
+                for batch, row in zip(self._local(batches), rows, strict=True):
+                    found = batch.regions_T[batch.mask_T]
+                    sums[0] += np.bincount(found, weights=row.entropy_R, minlength=regions)
+                    sums[1] += np.bincount(found, minlength=regions)
+        total = self.parallel.sum(sums)
+        return total[0], total[1]
+
+    # ---------------------------------------------------------------- optimizer steps
+
+    def step(
+        self, batches: Sequence[Microbatch], scores: Sequence[Scores], weights: Sequence[Floats]
+    ) -> StepResult:
+        """One policy-gradient step. `weights[m]` holds weights_T of micro-batch m (whole, before any CP cut)."""
+        local = self._local(batches)
+        local_weights = [self._local_array(b, w) for b, w in zip(batches, weights, strict=True)]
+
+        def loss(index: int, logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> Any:
+            batch, like = local[index], logprob_R
+
+            def rows(array: Floats) -> torch.Tensor:
+                return torch.from_numpy(np.ascontiguousarray(array[batch.mask_T])).to(like.device)
+
+            rollout_R = rows(batch.logprobs_T)
+            old_R = rollout_R if self._loss.old_logprobs == "rollout" else _to(like, scores[index].logprob_R)
+            return objective.policy_objective(
+                logprob_R,
+                entropy_R,
+                old_R,
+                rollout_R,
+                rows(batch.advantages_T),
+                rows(local_weights[index]),
+                self._loss,
+                denominator,
+            )
+
+        denominator = self._global_sum(
+            sum(float(w[b.mask_T].sum(dtype=np.float64)) for b, w in zip(local, local_weights, strict=True))
+        )
+        return self._step(local, loss, objective.POLICY_SUMS, objective.POLICY_MAXIMA)
+
+    def supervised_step(self, batches: Sequence[Microbatch]) -> StepResult:
+        """One step of next-token cross-entropy on the trained tokens."""
+        local = self._local(batches)
+        denominator = self._global_sum(sum(float(b.mask_T.sum()) for b in local))
+
+        def loss(index: int, logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> Any:
+            return objective.supervised_objective(logprob_R, torch.ones_like(logprob_R), denominator)
+
+        return self._step(local, loss, (), ())
+
+    def _local_array(self, batch: Microbatch, values_T: Floats) -> Floats:
+        """`values_T` cut as the micro-batch itself is cut by context parallelism."""
+        from dataclasses import replace
+
+        return local_part(replace(batch, advantages_T=values_T), self.parallel).advantages_T
+
+    def _global_sum(self, value: float) -> float:
+        """Sum over the ranks that hold distinct tokens: one tensor rank of one stage per token."""
+        mine = value if self.parallel.counts_tokens else 0.0
+        return max(float(self.parallel.sum(np.array([mine]))[0]), 1e-12)
+
+    def _step(
+        self,
+        batches: list[Microbatch],
+        loss: Callable[[int, torch.Tensor, torch.Tensor], Any],
+        sums: Sequence[str],
+        maxima: Sequence[str],
+    ) -> StepResult:
+        reports = Reports()
+
+        def closure(index: int, logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> torch.Tensor:
+            value, summed, largest = loss(index, logprob_R, entropy_R)
+            reports.add(value, summed, largest)
+            return value
+
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._runner.train(batches, closure)
+        self.optimizer_steps += 1
+        lr = optimizers.set_lr(self.optimizer, self._optimizer_config, self.optimizer_steps, self._total_steps)
+        norm, taken = optimizers.apply(self.optimizer, self._optimizer_config)
+        total, metrics = self._reduce(reports, sums, maxima)
+        return StepResult(loss=total, grad_norm=norm, lr=lr, skipped=not taken, metrics=metrics)
+
+    def _reduce(self, reports: Reports, sums: Sequence[str], maxima: Sequence[str]) -> tuple[float, dict[str, float]]:
+        """Global loss and metrics on every rank: two host collectives for all names together."""
+        count = self.parallel.counts_tokens
+        row = [reports.loss if count else 0.0]
+        for name in sums:
+            row += reports.sums[name].tolist() if count and name in reports.sums else [0.0, 0.0]
+        total = self.parallel.sum(np.array(row))
+        metrics = {n: total[1 + 2 * i] / max(total[2 + 2 * i], 1.0) for i, n in enumerate(sums)}
+        if maxima:
+            largest = [float(reports.maxima.get(n, torch.tensor(-np.inf))) if count else -np.inf for n in maxima]
+            top = self.parallel.maximum(np.array(largest))
+            metrics |= {n: float(v) for n, v in zip(maxima, top, strict=True)}
+        return float(total[0]), {name: float(value) for name, value in metrics.items()}
+
+
+def _to(like: torch.Tensor, values: Floats) -> torch.Tensor:
+    return torch.from_numpy(values).to(like.device)
+
+
+__all__ = ["RowLoss", "Scores", "Trainer"]
