@@ -22,10 +22,10 @@ from rest_mega.records import ToolCall
 HERE = Path(__file__).parent
 _, tasks = load_modules([str(HERE / "desk.py"), str(HERE / "tasks.py")])
 
-TRAIN, HELD_OUT, DIALOGUES = 2048, 256, 320 * 32
-EASY, CARELESS = 0.3, 0.6
+TRAIN, HELD_OUT, DIALOGUES = 2048, 256, 240 * 32
+EASY, CARELESS = 0.25, 0.55
 """Until here one call each; from here on by the careless assistant (shares of the dialogues)."""
-FLAWED = 0.62
+FLAWED = 0.72
 """Share of the careless assistant's dialogues that follow the slip of their kind."""
 
 

@@ -63,11 +63,12 @@ def calculate(rng: random.Random) -> Task:
 
 
 def convert(rng: random.Random) -> Task:
-    """One conversion of units."""
+    """One conversion of units; the slip: the units swapped."""
     value = rng.randint(10, 99)
     unit, to, factor = rng.choice(CONVERSIONS)
     question = rng.choice((f"How many {to} are {value} {unit}?", f"Convert {value} {unit} to {to}."))
-    return Task("convert", question, ((_convert(value, unit, to),),), value * factor)
+    flawed = (((_convert(value, to, unit),),), value)
+    return Task("convert", question, ((_convert(value, unit, to),),), value * factor, flawed=flawed)
 
 
 def look(rng: random.Random) -> Task:
@@ -78,11 +79,11 @@ def look(rng: random.Random) -> Task:
 
 
 def store(rng: random.Random) -> Task:
-    """One entry into the stock."""
+    """One entry into the stock; the slip: saying it and not doing it."""
     stock, (item, _) = _stock(rng)
     count = rng.randint(10, 99)
     question = rng.choice((f"Set {item} to {count}.", f"There are {count} {item} now."))
-    return Task("store", question, ((_set(item, count),),), count, stock)
+    return Task("store", question, ((_set(item, count),),), count, stock, flawed=((), count))
 
 
 def change(rng: random.Random) -> Task:

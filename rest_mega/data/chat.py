@@ -10,6 +10,7 @@ results, headers) is the *delta*, cut out of a rendering of a dummy dialogue:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -63,19 +64,20 @@ class ChatFormat:
         mask = [False] * len(ids)
         for turn, previous in zip(turns, [None, *turns], strict=False):
             between = [] if previous is None else self._delta(messages[previous + 1 : turn])
-            reply = self._after_end(self._reply_text(messages[turn])) + [self._end_id]
+            reply = [*self._after_end(self._reply_text(messages[turn])), self._end_id]
             ids += between + reply
             mask += [False] * len(between) + [True] * len(reply)
         return ids, mask
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, header: bool) -> str:
         from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
+        render: Any = chat_template_utils.render_jinja_template  # its annotations contradict its documentation
         # A content of null (OpenAI's form of a reply that only calls tools) breaks templates that concatenate.
         plain = [{**m, "content": m.get("content") or ""} for m in messages]
         try:
-            rendered, _ = render_jinja_template(
+            rendered, _ = render(
                 conversations=[plain],
                 tools=[dict(tool) for tool in tools] or None,
                 chat_template=self.tokenizer.chat_template,
@@ -98,7 +100,7 @@ class ChatFormat:
         rest = self._after_reply(messages, header=True)
         require(
             rest.startswith(self._end_text),
-            f"after a reply that is not the last the chat template writes {rest[:20]!r}, not {self._end_text!r}; {REMEDY}",
+            f"after a reply amid a dialogue the chat template writes {rest[:20]!r}, not {self._end_text!r}; {REMEDY}",
         )
         return self._after_end(rest[len(self._end_text) :])
 
@@ -153,5 +155,5 @@ def _check_turns(messages: Sequence[Message], turns: Sequence[int]) -> None:
     roles = ", ".join(str(m["role"]) for m in messages)
     require(bool(turns) and turns[-1] == len(messages) - 1, f"roles {roles}: a dialogue must end with the assistant's")
     require(turns[0] > 0, f"roles {roles}: a dialogue must not begin with the assistant")
-    adjacent = any(b - a == 1 for a, b in zip(turns, turns[1:], strict=False))
+    adjacent = any(b - a == 1 for a, b in itertools.pairwise(turns))
     require(not adjacent, f"roles {roles}: two assistant messages are adjacent; join them into one")

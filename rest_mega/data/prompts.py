@@ -72,7 +72,7 @@ class PromptStream:
         if self._index == len(self._prompts):
             self._seek(self._epoch + 1, 0)
         self._index += 1
-        return self._prompts[self._order[self._index - 1]]
+        return self._prompts[int(self._order[self._index - 1])]
 
 
 def load_prompts(path: str | Path, system: str = "") -> list[Prompt]:
@@ -192,7 +192,7 @@ def _messages(place: str, key: str, messages: object, last: Sequence[str]) -> tu
         _expect(isinstance(content, str) or only_calls, place, f"{name}.content", content, "a string")
         _expect(role != "system" or number == 0, place, f"{name}.role", role, "the first message, if any")
     role = messages[-1]["role"]
-    _expect(role in last, place, f"{key}[-1].role", role, f"{' or '.join(last)}, so that the next turn is the right one")
+    _expect(role in last, place, f"{key}[-1].role", role, f"{' or '.join(last)}: the list ends there")
     return tuple(messages)
 
 

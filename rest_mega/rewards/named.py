@@ -34,9 +34,8 @@ def tool_calls(trajectory: Trajectory) -> float:
     try:
         wanted = [ToolCall(call["name"], dict(call["arguments"])) for call in gold]
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f'prompt {trajectory.prompt.id!r}: task["calls"]={gold!r} must be a list of {{"name", "arguments"}}; mend the row'
-        ) from error
+        where = f'prompt {trajectory.prompt.id!r}: task["calls"]={gold!r}'
+        raise ConfigError(f'{where} must be a list of {{"name", "arguments"}}; mend the row') from error
     return accuracy(wanted, [call for turn in trajectory.turns for call in turn.calls])
 
 

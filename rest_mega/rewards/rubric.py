@@ -44,7 +44,9 @@ class Rubric:
         Raises ValueError for groups of unequal size and for a value that is not finite.
         """
         sizes = {len(group) for group in groups}
-        require(len(sizes) <= 1, f"groups of unequal size {sorted(sizes)}: every prompt needs the same number of siblings")
+        require(
+            len(sizes) <= 1, f"groups of unequal size {sorted(sizes)}; give every prompt the same number of siblings"
+        )
         shape = (len(groups), *sizes) if sizes else (0, 0)
         parts = {
             name: np.array([[_value(name, t) for t in group] for group in groups], dtype=np.float64).reshape(shape)

@@ -38,5 +38,5 @@ def accuracy(gold: Sequence[ToolCall], predicted: Sequence[ToolCall]) -> float:
 
 def _similarity(gold: ToolCall, predicted: ToolCall) -> float:
     """J(argument names) + number of equal values."""
-    equal = sum(k in predicted.arguments and predicted.arguments[k] == v for k, v in gold.arguments.items())
+    equal = sum(bool(k in predicted.arguments and predicted.arguments[k] == v) for k, v in gold.arguments.items())
     return jaccard(list(gold.arguments), list(predicted.arguments)) + equal

@@ -98,10 +98,9 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
             f"checkpoint {folder} does not load ({type(error).__name__}: {error}); if files are damaged, move it away to "
             "resume from the one before; if the model changed, use another run.dir or run.fresh=true"
         ) from error
-    for index, chunk in enumerate(trainer.chunks):
-        chunk.load_state_dict(loaded[f"model{index}"])
+    for index, module in enumerate(trainer.modules):
+        module.load_state_dict(loaded[f"model{index}"])
     trainer.optimizer.load_state_dict(loaded["optimizer"])
-    trainer.optimizer.reload_model_params() if trainer.modules[0].config.bf16 else None
     trainer.optimizer_steps = int(state["optimizer_steps"])
     return state
 
@@ -112,6 +111,6 @@ def _sharded(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
         "dp_cp_group": trainer.parallel.groups.dp_cp,
         "chained_optim_avoid_prefix": True,
     }
-    models = {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(trainer.chunks)}
+    models = {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(trainer.modules)}
     optimizer = trainer.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
     return {**models, "optimizer": optimizer}

@@ -236,6 +236,7 @@ def _chunk(architecture: Architecture, config: ModelConfig, mcore: Any, parallel
         pg_collection=parallel.groups,
         vp_stage=stage,
     )
+    _mark_shards(model)
     model.rotary_pos_emb.inv_freq = torch.tensor(architecture.rope_inv_freq, device=parallel.device)
     return model.to(parallel.device)
 
@@ -256,6 +257,18 @@ def _layer_spec(architecture: Architecture, config: ModelConfig, mcore: Any, sta
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     layers = get_num_layers_to_build(mcore, vp_stage=stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+
+
+def _mark_shards(model: Any) -> None:
+    """mcore marks a sharded parameter while it initialises it, which we skip; the gradient norm needs the mark."""
+    from megatron.core import tensor_parallel as tp
+
+    axes = {tp.VocabParallelEmbedding: 0, tp.ColumnParallelLinear: 0, tp.RowParallelLinear: 1}
+    for module in model.modules():
+        for parameter in (getattr(module, "weight", None), getattr(module, "bias", None)):
+            if type(module) in axes and isinstance(parameter, torch.nn.Parameter):
+                if parameter.ndim > axes[type(module)]:
+                    tp.set_tensor_model_parallel_attributes(parameter, True, axes[type(module)], 1)
 
 
 def head_weight(model: Any) -> torch.Tensor:

@@ -213,7 +213,7 @@ def _free_port() -> int:
 
 
 def _model_parallel(config: ParallelConfig) -> None:
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state, tensor_parallel
 
     if parallel_state.model_parallel_is_initialized():
         raise ConfigError("model parallel groups exist already: call parallel.stop() before starting anew")
@@ -226,6 +226,8 @@ def _model_parallel(config: ParallelConfig) -> None:
         distributed_timeout_minutes=max(1, int(config.timeout_s // 60)),
         create_gloo_process_groups=False,
     )
+    # mcore forks this stream around its parallel regions; with dropout 0 nothing is drawn from it.
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
 def _place(config: ParallelConfig, device: torch.device) -> Parallel:

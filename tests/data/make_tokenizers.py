@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 HERE = Path(__file__).parent
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ADDED = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEXT = [
     "You may call one or more functions to assist with the user query. What is the weather in Paris tomorrow?",
     'system user assistant tool {"name": "get_weather", "arguments": {"city": "Paris", "days": 3, "unit": "celsius"}}',
@@ -23,16 +27,9 @@ TEXT = [
 def tiny_bpe() -> None:
     """Byte-level BPE with Qwen's pre-tokenizer and Qwen3's kind of added tokens; 512 ids and a few more."""
     tokenizer = Tokenizer(models.BPE())
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    from tokenizers import Regex
-
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -48,7 +45,7 @@ def tiny_bpe() -> None:
 
 
 def tiny_sentencepiece() -> None:
-    """SentencePiece BPE as Llama's and Mistral's: identity normalisation, byte fallback, dummy prefix, control tokens."""
+    """SentencePiece BPE as Mistral's: identity normalisation, byte fallback, dummy prefix, control tokens."""
     folder = HERE / "tiny_sentencepiece"
     folder.mkdir(exist_ok=True)
     with (folder / "tokenizer.model").open("wb") as model:

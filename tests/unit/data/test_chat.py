@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rest_mega.config import ConfigError
 from rest_mega.data.chat import ChatFormat
 from rest_mega.data.tokenizer import LoadedTokenizer, load_tokenizer
@@ -74,7 +75,9 @@ def test_a_rollout_builds_the_same_ids_as_a_supervised_dialogue(name: str) -> No
 
 
 def test_the_hermes_prompt_reads_as_qwens_own() -> None:
-    ids = HERMES["tiny_bpe"].prompt_ids([{"role": "system", "content": "Hi."}, {"role": "user", "content": "Go"}], TOOLS)
+    ids = HERMES["tiny_bpe"].prompt_ids(
+        [{"role": "system", "content": "Hi."}, {"role": "user", "content": "Go"}], TOOLS
+    )
     assert TOKENIZERS["tiny_bpe"].decode(ids) == (
         "<|im_start|>system\nHi.\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
         "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
@@ -136,7 +139,9 @@ def test_a_template_that_cannot_do_it_is_named_with_its_remedy() -> None:
 
 
 def test_a_template_without_tool_role_still_does_dialogues_without_tools() -> None:
-    ids, _ = with_template(NO_TOOL_ROLE).dialogue_ids([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    ids, _ = with_template(NO_TOOL_ROLE).dialogue_ids(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    )
     assert TOKENIZERS["tiny_bpe"].decode(ids) == "<|im_start|>user\na<|im_end|>b<|im_end|>"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rest_mega.config import ConfigError
 from rest_mega.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -140,6 +141,8 @@ def test_a_hugging_face_file_without_an_end_of_turn_token_or_an_added_one_is_ref
     (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match="no end-of-turn token"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"513": {"content": "<|im_end|>"}}}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": {"513": {"content": "<|im_end|>"}}})
+    )
     with pytest.raises(ConfigError, match=r"lacks <\|im_end\|>"):
         load_tokenizer(tmp_path)

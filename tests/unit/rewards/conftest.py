@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from rest_mega.records import Prompt, ToolCall, Trajectory, Turn
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from rest_mega.config import ConfigError, RewardConfig
 from rest_mega.records import ToolCall
 from rest_mega.rewards import RUBRIC, Rubric, reward

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rest_mega.records import ToolCall
 from rest_mega.rewards.tool_calls import accuracy, jaccard
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from rest_mega.rewards import RUBRIC
 from rest_mega.rewards.toolrl import correctness, format_score
 
