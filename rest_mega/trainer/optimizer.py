@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from rest_mega.config import ConfigError, OptimizerConfig
+from rest_mega.trainer.adam import GroupStepAdam
 from rest_mega.trainer.parallel import Parallel
 
+MUON_MOMENTUM = 0.95
 _DECAY = {
     "constant": lambda x: 1.0,
     "linear": lambda x: 1.0 - x,
@@ -77,26 +79,37 @@ def _muon(chunks: list[Any], config: OptimizerConfig, settings: Any, parallel: P
 
     if settings.bf16:
         raise ConfigError("optimizer.name=muon trains in fp32: set model.dtype=fp32 or another optimizer")
-    matrices, rest = [], []
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            plain = parameter.ndim != 2 or getattr(parameter, "is_embedding_or_output_parameter", False)
-            (rest if plain else matrices).append(parameter)
-    adam = torch.optim.AdamW(
-        [
-            {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
+    parameters = [p for chunk in chunks for p in chunk.parameters()]
+    matrices = [p for p in parameters if p.ndim == 2 and not getattr(p, "is_embedding_or_output_parameter", False)]
+    rest = [p for p in parameters if all(p is not m for m in matrices)]
+    muon = torch.optim.Muon(
+        [_group(matrices, 1.0)], lr=config.muon_lr, weight_decay=config.weight_decay, momentum=MUON_MOMENTUM
     )
-    muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95)
-    parts = [FP32Optimizer(inner, settings, lambda *_: None) for inner in (muon, adam)]
+    wide, narrow = ([p for p in rest if (p.ndim > 1) is many] for many in (True, False))
+    groups = [_group(g, decay, weight_decay=config.weight_decay * decay) for g, decay in ((wide, 1.0), (narrow, 0.0)) if g]
+    adam = GroupStepAdam(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    parts = [
+        FP32Optimizer(muon, settings, lambda inner, _: _fill_state(inner, ("momentum_buffer",))),
+        FP32Optimizer(adam, settings, lambda inner, _: _fill_state(inner, ("exp_avg", "exp_avg_sq"))),
+    ]
     for part in parts:
         part.grad_stats_parallel_group = parallel.groups.mp
         part.tp_group = parallel.groups.tp
     return ChainedOptimizer(parts)
+
+
+def _group(parameters: list[Any], wd_mult: float, **more: Any) -> dict[str, Any]:
+    """A parameter group with the keys by which mcore tells groups apart in a checkpoint."""
+    keys = {"wd_mult": wd_mult, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
+    return {"params": parameters, **keys, **more}
+
+
+def _fill_state(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> None:
+    """State that exists before a checkpoint is loaded into it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for name in names:
+                optimizer.state[parameter].setdefault(name, torch.zeros_like(parameter))
 
 
 def set_lr(optimizer: Any, config: OptimizerConfig, step: int, total: int) -> float:
@@ -118,7 +131,7 @@ def apply(optimizer: Any, config: OptimizerConfig) -> tuple[float, bool]:
     if found_inf or not math.isfinite(norm):
         return norm, False
     if config.clip_grad > 0:
-        for part in optimizer.chained_optimizers:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             parameters = part.get_parameters()
             if parameters:
                 clip_grads.clip_grad_by_total_norm_fp32(parameters, max_norm=config.clip_grad, total_norm=norm)
