@@ -192,7 +192,7 @@ def _messages(place: str, key: str, messages: object, last: Sequence[str]) -> tu
         _expect(isinstance(content, str) or only_calls, place, f"{name}.content", content, "a string")
         _expect(role != "system" or number == 0, place, f"{name}.role", role, "the first message, if any")
     role = messages[-1]["role"]
-    _expect(role in last, place, f"{key}[-1].role", role, f"{' or '.join(last)}: the list ends there")
+    _expect(role in last, place, f"{key}[-1].role", role, f"{' or '.join(last)}, being the last one")
     return tuple(messages)
 
 

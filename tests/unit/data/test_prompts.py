@@ -90,7 +90,7 @@ BAD = [
     ),
     (
         {**ROW, "messages": [USER, {"role": "assistant", "content": "x"}]},
-        r"\[-1\]\.role='assistant' must be user or tool",
+        r"messages.-1.\.role='assistant' must be user or tool",
     ),
     ({**ROW, "tools": [{"name": "f"}]}, r"tools\[0\]=\{'name': 'f'\} must be \{\"type\": \"function\""),
     ({**ROW, "tools": "f"}, r"tools='f' must be a list of function specs"),
