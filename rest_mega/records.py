@@ -80,6 +80,8 @@ class Turn:
     """The sampled bytes as text, without the end-of-turn token."""
     well_formed: bool
     """The reply obeys its dialect's grammar and ended with an end-of-turn token."""
+    ended: bool = True
+    """The last sampled token is an end-of-turn token; False when a limit cut the turn off."""
     answer: str = ""
     """The text outside reasoning and calls."""
     calls: tuple[ToolCall, ...] = ()

@@ -98,6 +98,7 @@ class Collector:
                 end=end,
                 text=text.decode("utf-8", "replace"),
                 well_formed=reply.well_formed and done.finished,
+                ended=done.finished,
                 answer=reply.answer,
                 calls=reply.calls,
                 outcomes=outcomes,

@@ -1,0 +1,59 @@
+"""Dialects of tool calls: the bytes of a reply -> a region for every byte, and the parsed calls.
+
+The one parser for data, rewards, environments, rollout, credit and evaluation. Rules of every dialect:
+
+- reading is linear in the reply's length whatever it holds, and never raises;
+- a reply is read from left to right, and a block counts once it is complete: cutting a reply anywhere
+  leaves the regions before the cut as they were, or makes them MALFORMED;
+- the first block that breaks the grammar is MALFORMED with all that follows, and the reply has no calls;
+  a reply that ends with the beginning of a tag (a lone "<", say) is one of these;
+- inside a block of thought everything is reasoning, tags of other blocks too;
+- white space that opens a reply or follows a tag is SCAFFOLD; white space after text belongs to the text.
+
+A dialect is one entry of `DIALECTS`: its tags, and how calls are written between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from rest_mega.config import one_of
+from rest_mega.dialects import json_calls
+from rest_mega.dialects.grammar import Bare, Block, Dialect, read
+from rest_mega.dialects.reply import Region, Reply
+from rest_mega.dialects.tape import MalformedError, Tape
+
+_THINK = Block("<think>", "</think>", Region.REASONING)
+
+DIALECTS: Mapping[str, Dialect] = MappingProxyType(
+    {
+        # Qwen, Hermes: one object per <tool_call> block, any number of blocks.
+        "hermes": Dialect((_THINK, Block("<tool_call>", "</tool_call>", json_calls.one))),
+        # ToolRL, ResT: one block with an object per line, and the answer in a block of its own.
+        "toolrl": Dialect(
+            (
+                _THINK,
+                Block("<tool_call>", "</tool_call>", json_calls.several),
+                Block("<response>", "</response>", Region.ANSWER),
+            )
+        ),
+    }
+)
+
+
+def parse(reply: bytes, dialect: str) -> Reply:
+    """Parse one assistant reply (without its end-of-turn token) in linear time; no reply makes it raise.
+
+    Raises ConfigError when `dialect` is no name in `DIALECTS`.
+    """
+    one_of("dialect", dialect, DIALECTS)
+    tape = Tape(reply)
+    try:
+        read(tape, DIALECTS[dialect])
+    except MalformedError as error:
+        return tape.finish(str(error))
+    return tape.finish()
+
+
+__all__ = ["DIALECTS", "Bare", "Block", "Dialect", "Region", "Reply", "parse"]
