@@ -66,7 +66,7 @@ class TokenizerConfig:
     chat_template: str = ""
     """A Jinja file that replaces the tokenizer's own chat template; empty: the tokenizer's own."""
     dialect: str = "hermes"
-    """How tool calls are written; see rest_mega.data.chat.DIALECTS for the known names."""
+    """How tool calls are written; see rest_mega.dialects.DIALECTS for the known names."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +316,8 @@ class SftConfig:
     """Chat dialogues as JSONL: {"messages": [...], "tools": [...]} per line; loss on assistant turns only."""
     dialogues_per_step: int = 32
     """Dialogues of one optimizer step, over all replicas."""
+    environment: str = "none"
+    """Environment whose tools are shown in dialogues that bring none, as rollouts will show them."""
     shuffle: bool = True
     """Draw dialogues in seeded random order; false keeps the file's order (a curriculum)."""
 

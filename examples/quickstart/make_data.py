@@ -25,7 +25,7 @@ _, tasks = load_modules([str(HERE / "desk.py"), str(HERE / "tasks.py")])
 TRAIN, HELD_OUT, DIALOGUES = 2048, 256, 240 * 32
 EASY, CARELESS = 0.25, 0.55
 """Until here one call each; from here on by the careless assistant (shares of the dialogues)."""
-FLAWED = 0.72
+FLAWED = 0.8
 """Share of the careless assistant's dialogues that follow the slip of their kind."""
 
 

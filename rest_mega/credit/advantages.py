@@ -36,9 +36,7 @@ def advantages(rewards_PG: Floats, method: str) -> Floats:
 def has_signal(rewards_PG: Floats) -> Bools:
     """signal_P: the group's rewards are not all equal (in a group of one: the reward is not 0)."""
     rewards = _check(rewards_PG)
-    if rewards.shape[1] == 1:
-        return rewards[:, 0] != 0
-    return np.asarray(rewards.max(axis=1) > rewards.min(axis=1))
+    return np.asarray(rewards[:, 0] != 0 if rewards.shape[1] == 1 else rewards.max(axis=1) > rewards.min(axis=1))
 
 
 def _grpo(centred: Doubles) -> Doubles:
@@ -51,7 +49,7 @@ def _dr_grpo(centred: Doubles) -> Doubles:
 
 def _rloo(centred: Doubles) -> Doubles:
     siblings = centred.shape[1]
-    return centred * (siblings / (siblings - 1))
+    return np.asarray(centred * (siblings / (siblings - 1)))
 
 
 METHODS: Mapping[str, Callable[[Doubles], Doubles]] = MappingProxyType(
@@ -61,7 +59,7 @@ METHODS: Mapping[str, Callable[[Doubles], Doubles]] = MappingProxyType(
 
 
 def _check(rewards_PG: Floats) -> Doubles:
-    rewards = np.asarray(rewards_PG, dtype=np.float64)
+    rewards: Doubles = np.asarray(rewards_PG, dtype=np.float64)
     require(rewards.ndim == 2 and rewards.shape[1] > 0, f"rewards of shape {rewards.shape} must be [P, G] with G >= 1")
     require(bool(np.isfinite(rewards).all()), "a reward is not finite; look at the reward functions in rewards.parts")
     return rewards

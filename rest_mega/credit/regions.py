@@ -66,8 +66,8 @@ def _strongest(regions_B: SmallInts, tokens: Sequence[bytes]) -> SmallInts:
     np.cumsum(np.fromiter(map(len, tokens[:-1]), dtype=np.int64, count=len(tokens) - 1), out=starts_T[1:])
     # One byte more, for tokens without bytes at the very end.
     last = regions_B[-1:] if len(regions_B) else np.array([Region.ANSWER], dtype=np.int8)
-    ranks_B = _RANK_OF_REGION[np.concatenate([regions_B, last])]
-    return _REGION_OF_RANK[np.maximum.reduceat(ranks_B, starts_T)]
+    ranks_B = _RANK_OF_REGION.take(np.concatenate([regions_B, last]))
+    return _REGION_OF_RANK.take(np.maximum.reduceat(ranks_B, starts_T))
 
 
 __all__ = ["PRIORITY", "Region", "tag", "tag_trajectory"]

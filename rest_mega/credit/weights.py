@@ -36,7 +36,7 @@ class Preset:
     rule: str = "one_minus_exp"
     tau: float = 0.0
     """0: the curriculum alone; 1: Eq. 9."""
-    entropy_floor: float = 0.0
+    entropy_floor: float = 0.05
     """h0: entropies below count as this many nats."""
     w_min: float = 0.0
     w_max: float = math.inf
@@ -63,7 +63,7 @@ def region_weights(config: CreditConfig, entropy_K: Floats, *, progress: float, 
     one_of("credit.preset", config.preset, PRESETS)
     preset = _settle(config, PRESETS[config.preset])
     kappa_K = prior(config.preset, progress, step)
-    raw_K = np.clip(kappa_K * informed(entropy_K, preset), preset.w_min, preset.w_max).astype(np.float32)
+    raw_K: Floats = np.clip(kappa_K * informed(entropy_K, preset), preset.w_min, preset.w_max).astype(np.float32)
     raw_K[Region.OBSERVATION] = 0.0
     return raw_K
 
@@ -102,14 +102,14 @@ def variance_bound_ratio(entropy_K: Floats, share_K: Floats) -> float:
     is nothing to gain: no tokens, or no entropy anywhere.
     """
     present_K = np.asarray(share_K) > 0
-    share_K = np.asarray(share_K, dtype=np.float64)[present_K]
+    part_K = np.asarray(share_K, dtype=np.float64)[present_K]
+    part_K = part_K / part_K.sum()
     beta_K = -np.expm1(-np.asarray(entropy_K, dtype=np.float64)[present_K])
     if not (beta_K > 0).any():
         return 1.0
     if not (beta_K > 0).all():
         return 0.0
-    total = share_K.sum()
-    return float((total / (share_K / beta_K).sum()) / ((share_K * beta_K).sum() / total))
+    return float(1.0 / ((part_K / beta_K).sum() * (part_K * beta_K).sum()))
 
 
 def _settle(config: CreditConfig, preset: Preset) -> Preset:

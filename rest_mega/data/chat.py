@@ -46,7 +46,6 @@ class ChatFormat:
         `results`: (tool name, content) of every call, in order. Raises ConfigError where the template
         has no tool role.
         """
-        require(self._shows_results, f"the chat template does not write tool results (role `tool`); {REMEDY}")
         return self._delta([_tool_message(name, content) for name, content in results])
 
     def dialogue_ids(
@@ -97,6 +96,8 @@ class ChatFormat:
         return rest
 
     def _delta(self, messages: Sequence[Message]) -> list[int]:
+        tools = any(m["role"] == "tool" for m in messages)
+        require(not tools or self._shows_results, f"the chat template does not write tool results; {REMEDY}")
         rest = self._after_reply(messages, header=True)
         require(
             rest.startswith(self._end_text),

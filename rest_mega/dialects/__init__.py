@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from rest_mega.config import one_of
-from rest_mega.dialects import json_calls
-from rest_mega.dialects.grammar import Bare, Block, Dialect, read
+from rest_mega.dialects import json_calls, python_calls
+from rest_mega.dialects.grammar import NEVER, Bare, Block, Dialect, read
 from rest_mega.dialects.reply import Region, Reply
 from rest_mega.dialects.tape import MalformedError, Tape
 
@@ -37,6 +37,17 @@ DIALECTS: Mapping[str, Dialect] = MappingProxyType(
                 Block("<tool_call>", "</tool_call>", json_calls.several),
                 Block("<response>", "</response>", Region.ANSWER),
             )
+        ),
+        # Llama 3.x: objects parted by semicolons, from the start of the reply or after <|python_tag|>.
+        "llama3": Dialect(
+            (Block("<|python_tag|>", "", json_calls.until_end),), Bare(r"\{", NEVER, json_calls.until_end)
+        ),
+        # Mistral: one array of objects after [TOOL_CALLS].
+        "mistral": Dialect((Block("[TOOL_CALLS]", "", json_calls.array),)),
+        # Llama 3.2 and 4, BFCL: the reply is a Python list of calls, or stands between Llama 4's tags.
+        "pythonic": Dialect(
+            (Block("<|python_start|>", "<|python_end|>", python_calls.calls),),
+            Bare(python_calls.START, python_calls.PREFIX, python_calls.calls),
         ),
     }
 )

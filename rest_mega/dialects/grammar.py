@@ -13,6 +13,9 @@ from rest_mega.dialects.tape import MalformedError, Tape
 Reader = Callable[[Tape, int], int]
 """Reads what stands at a position, marks it, and returns where it ends; raises MalformedError."""
 
+NEVER = "(?!)"
+"""The regular expression that matches nothing."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -41,6 +44,7 @@ class Dialect:
     """One way of writing replies with tool calls. Text outside blocks is the answer."""
 
     blocks: tuple[Block, ...]
+    """At least one; no tag holds its own first character again."""
     bare: Bare | None = None
 
     @cached_property
@@ -51,7 +55,7 @@ class Dialect:
     @cached_property
     def tag(self) -> re.Pattern[str]:
         """Matches any tag."""
-        return re.compile("|".join(map(re.escape, self.tags)) or "(?!)")
+        return re.compile("|".join(map(re.escape, self.tags)))
 
     @cached_property
     def opened_by(self) -> dict[str, Block]:
@@ -115,9 +119,10 @@ def _to_the_end(tape: Tape, position: int) -> int:
 def _last_text(tape: Tape, dialect: Dialect, position: int) -> None:
     """The rest of the reply is answer, except the beginning of a tag at its very end."""
     text = tape.text
-    # No tag holds its own first character again, so only the last occurrence can begin a tag.
-    starts = [i for symbol in {tag[0] for tag in dialect.tags} if (i := text.rfind(symbol, position)) >= 0]
-    cut = min((i for i in starts if any(tag.startswith(text[i:]) for tag in dialect.tags)), default=len(text))
+    # Only the last occurrence of a tag's first character can begin it, because no tag holds it twice.
+    starts = (text.rfind(symbol, position) for symbol in {tag[0] for tag in dialect.tags})
+    ends = (i for i in starts if i >= 0 and any(tag.startswith(text[i:]) for tag in dialect.tags))
+    cut = min(ends, default=len(text))
     if cut > position:
         tape.mark_text(cut, Region.ANSWER)
         tape.commit()

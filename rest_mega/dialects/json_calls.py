@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from rest_mega.dialects.reply import Region
 from rest_mega.dialects.tape import MAX_DEPTH, SPACE, MalformedError, Tape
@@ -22,10 +21,13 @@ _AFTER_VALUE = re.compile(SPACE + r"(?:," + SPACE + r"|(\}))")
 _ITEM = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"(' + SPACE + r':)?|[^\[\]{},:" \t\r\n]+')
 """In valid JSON: a string (a key if group 2 matched), or a number or word."""
 _SEPARATORS = re.compile(r"[ \t\r\n;]*")
+_SCAFFOLD, _NAME = Region.SCAFFOLD, Region.TOOL_NAME
+_KEY = bytes((Region.ARG_SCAFFOLD, Region.ARG_KEY))
+_VALUE = bytes((Region.ARG_SCAFFOLD, Region.ARG_VALUE))
+"""Two regions each: of what stands before an item of the arguments, and of the item."""
 
 
-@dataclass(frozen=True)
-class _Member:
+class _Member(NamedTuple):
     value: Any
     start: int
     end: int
@@ -46,13 +48,12 @@ def several(tape: Tape, position: int) -> int:
 
 def array(tape: Tape, position: int) -> int:
     """Read a JSON array of one or more calls (Mistral); returns where it ends."""
-    opening = tape.mark_space(position)
-    position = _symbol(tape, opening, "[")
+    position = tape.mark_symbol(tape.mark_space(position), "[")
     while True:
         position = one(tape, position)
         if not tape.text.startswith(",", position):
-            return _symbol(tape, position, "]")
-        position = _symbol(tape, position, ",")
+            return tape.mark_symbol(position, "]")
+        position = tape.mark_symbol(position, ",")
 
 
 def until_end(tape: Tape, position: int) -> int:
@@ -68,13 +69,6 @@ def until_end(tape: Tape, position: int) -> int:
         tape.commit()
         if position == len(tape.text):
             return position
-
-
-def _symbol(tape: Tape, position: int, symbol: str) -> int:
-    if not tape.text.startswith(symbol, position):
-        raise MalformedError(f"expected {symbol!r}", position)
-    tape.mark(position + 1, Region.SCAFFOLD)
-    return position + 1
 
 
 def _call(tape: Tape, start: int) -> int:
@@ -140,27 +134,22 @@ def _check_depth(level: list[Any], start: int) -> None:
 def _mark_members(tape: Tape, members: dict[str, _Member], end: int) -> None:
     for key, member in members.items():
         if key == "name":
-            tape.mark(member.start + 1, Region.SCAFFOLD)
-            tape.mark(member.end - 1, Region.TOOL_NAME)
+            tape.mark(member.start + 1, _SCAFFOLD)
+            tape.mark(member.end - 1, _NAME)
         elif key in ARGUMENTS:
-            tape.mark(member.start, Region.SCAFFOLD)
+            tape.mark(member.start, _SCAFFOLD)
             _mark_arguments(tape, member.start, member.end)
-    tape.mark(end, Region.SCAFFOLD)
+    tape.mark(end, _SCAFFOLD)
 
 
 def _mark_arguments(tape: Tape, start: int, end: int) -> None:
-    """Mark keys and scalars of a valid object at any depth: the hot loop, hence bound methods and plain numbers."""
-    key, value, scaffold = int(Region.ARG_KEY), int(Region.ARG_VALUE), int(Region.ARG_SCAFFOLD)
-    to, region = tape.ends.append, tape.regions.append
+    """Mark keys and scalars of a valid object at any depth: the hot loop, hence no calls of `mark`."""
+    ends, regions = tape.ends, tape.regions
     for item in _ITEM.finditer(tape.text, start, end):
         group = item.lastindex
-        first, last = item.span(1) if group else item.span()
-        to(first)
-        region(scaffold)
-        to(last)
-        region(key if group == 2 else value)
-    to(end)
-    region(scaffold)
+        ends += item.span(1) if group else item.span()
+        regions += _KEY if group == 2 else _VALUE
+    tape.mark(end, Region.ARG_SCAFFOLD)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -49,13 +49,20 @@ class Tape:
         self.ends.append(end)
         self.regions.append(region)
 
-    def mark_space(self, position: int) -> int:
-        """Mark white space at `position` as SCAFFOLD; returns where it ends."""
+    def mark_space(self, position: int, region: Region = Region.SCAFFOLD) -> int:
+        """Mark the white space at `position`, if any; returns where it ends."""
         match = _SPACE.match(self.text, position)
         assert match is not None
         if (end := match.end()) > position:
-            self.mark(end, Region.SCAFFOLD)
+            self.mark(end, region)
         return end
+
+    def mark_symbol(self, position: int, symbol: str, region: Region = Region.SCAFFOLD) -> int:
+        """Mark the one character that must stand at `position`; returns where it ends."""
+        if not self.text.startswith(symbol, position):
+            raise MalformedError(f"expected {symbol!r}", position)
+        self.mark(position + 1, region)
+        return position + 1
 
     def mark_text(self, end: int, region: Region) -> None:
         """Give `region` (ANSWER or REASONING) to the bytes up to `end` and keep their text."""

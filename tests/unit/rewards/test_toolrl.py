@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rest_mega.dialects import parse
 from rest_mega.rewards import RUBRIC
 from rest_mega.rewards.toolrl import correctness, format_score
 
@@ -28,6 +29,18 @@ def test_the_authors_numbers(vector: dict[str, Any], trajectory: Any) -> None:
     one = trajectory(reply, task={"ground_truth": gold})
     assert RUBRIC["toolrl"](one) == pytest.approx(total, abs=1e-12)
     assert RUBRIC["format"](one) == form
+
+
+# The dialect reads "arguments" as well as "parameters"; the reward "toolrl" alone insists on the latter.
+READ_ALIKE = [v for v in VECTORS if v["S_acc"] is not None and not v["id"].startswith("R19")]
+
+
+@pytest.mark.parametrize("vector", READ_ALIKE, ids=lambda v: v["id"])
+def test_the_authors_accuracy_of_calls_that_the_dialect_parsed(vector: dict[str, Any], trajectory: Any) -> None:
+    gold, reply = (parse(vector[key].encode(), "toolrl") for key in ("ground_truth", "response"))
+    task = {"calls": [{"name": c.name, "arguments": c.arguments} for c in gold.calls]}
+    one = trajectory(vector["response"], task=task, calls=[reply.calls])
+    assert RUBRIC["tool_calls"](one) == pytest.approx(vector["S_acc"], abs=1e-6)
 
 
 @pytest.mark.parametrize(
