@@ -316,8 +316,6 @@ class SftConfig:
     """Chat dialogues as JSONL: {"messages": [...], "tools": [...]} per line; loss on assistant turns only."""
     dialogues_per_step: int = 32
     """Dialogues of one optimizer step, over all replicas."""
-    environment: str = "none"
-    """Environment whose tools are shown in dialogues that bring none, as rollouts will show them."""
     shuffle: bool = True
     """Draw dialogues in seeded random order; false keeps the file's order (a curriculum)."""
 
@@ -442,7 +440,7 @@ def known_keys() -> list[str]:
     return [f"{s.name}.{k.name}" for s in dataclasses.fields(RunConfig) for k in dataclasses.fields(hints[s.name])]
 
 
-def _build(cls: type, tree: Mapping[str, Any], prefix: str) -> object:
+def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
     require(isinstance(tree, Mapping), f"{prefix.rstrip('.') or 'the config'} must be a mapping, not {tree!r}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]

@@ -9,7 +9,6 @@ import numpy as np
 from rest_mega.assemble import Inputs, Session, open_session, read_inputs, run_state
 from rest_mega.config import ConfigError, RunConfig, require
 from rest_mega.data.prompts import load_dialogues
-from rest_mega.environments import make_environment
 from rest_mega.evaluate import held_out
 from rest_mega.records import Sample
 from rest_mega.sync.export import save_hf
@@ -34,10 +33,9 @@ def run(config: RunConfig) -> int:
 def read_samples(config: RunConfig, inputs: Inputs) -> list[Sample]:
     """Every dialogue of `sft.data` as ids and mask; ConfigError for one that does not fit into a micro-batch."""
     require(bool(config.sft.data), "sft.data is empty; name a JSONL file of chat dialogues")
-    shown = make_environment(config.sft.environment, {}).specs
     samples = []
     for number, (messages, tools) in enumerate(load_dialogues(config.sft.data), start=1):
-        ids, mask = inputs.chat.dialogue_ids(messages, tools or shown)
+        ids, mask = inputs.chat.dialogue_ids(messages, tools)
         if len(ids) - 1 > config.packing.tokens:
             raise ConfigError(
                 f"{config.sft.data}: dialogue {number} has {len(ids)} tokens, packing.tokens is "
