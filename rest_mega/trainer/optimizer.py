@@ -1,6 +1,6 @@
 """OptimizerConfig -> mcore's optimizer over this rank's chunks; clipping and learning-rate schedules.
 
-Muon (Jordan et al., 2024; torch.optim.Muon) orthogonalises the update of each hidden matrix; the shards of
+Muon orthogonalises the update of each hidden matrix; the shards of
 a tensor-parallel matrix and the joined QKV and gate-up matrices are each orthogonalised as one block.
 """
 
@@ -13,9 +13,9 @@ import torch
 
 from rest_mega.config import ConfigError, OptimizerConfig
 from rest_mega.trainer.adam import GroupStepAdam
+from rest_mega.trainer.muon import Muon
 from rest_mega.trainer.parallel import Parallel
 
-MUON_MOMENTUM = 0.95
 _DECAY = {
     "constant": lambda x: 1.0,
     "linear": lambda x: 1.0 - x,
@@ -82,9 +82,7 @@ def _muon(chunks: list[Any], config: OptimizerConfig, settings: Any, parallel: P
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     matrices = [p for p in parameters if p.ndim == 2 and not getattr(p, "is_embedding_or_output_parameter", False)]
     rest = [p for p in parameters if all(p is not m for m in matrices)]
-    muon = torch.optim.Muon(
-        [_group(matrices, 1.0)], lr=config.muon_lr, weight_decay=config.weight_decay, momentum=MUON_MOMENTUM
-    )
+    muon = Muon([_group(matrices, 1.0)], lr=config.muon_lr, weight_decay=config.weight_decay)
     wide, narrow = ([p for p in rest if (p.ndim > 1) is many] for many in (True, False))
     groups = [_group(g, decay, weight_decay=config.weight_decay * decay) for g, decay in ((wide, 1.0), (narrow, 0.0)) if g]
     adam = GroupStepAdam(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
@@ -116,7 +114,7 @@ def set_lr(optimizer: Any, config: OptimizerConfig, step: int, total: int) -> fl
     """Set every group's learning rate for 1-based `step`; returns the main one."""
     factor = lr_factor(config, step, total)
     for group in optimizer.param_groups:
-        peak = config.muon_lr if "ns_steps" in group else config.lr
+        peak = config.muon_lr if "momentum" in group and config.name == "muon" else config.lr
         group["lr"] = peak * factor
     return config.lr * factor
 
