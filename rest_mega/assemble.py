@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rest_mega import launch
 from rest_mega.config import ConfigError, RunConfig, one_of, require
 from rest_mega.data.chat import ChatFormat
 from rest_mega.data.prompts import load_prompts
@@ -88,7 +89,7 @@ class Session:
 
 def read_inputs(config: RunConfig, *, prompts: bool) -> Inputs:
     """Read model config, tokenizer, environments and prompts; ConfigError says what does not fit."""
-    config.check_world(parallel.world_size())
+    config.check_world(launch.world_size())
     require(bool(config.model.path), "model.path is empty; point it at a Hugging Face checkpoint folder")
     one_of("tokenizer.dialect", config.tokenizer.dialect, DIALECTS)
     load_modules(config.environment.modules)

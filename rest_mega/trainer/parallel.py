@@ -1,4 +1,4 @@
-"""torchrun's variables -> Parallel: groups, ranks, is_lead. Sole reader of mcore's parallel_state and of os.environ.
+"""ParallelConfig and torchrun's variables -> Parallel: groups, ranks, is_lead. Sole reader of mcore's parallel_state.
 
 A *replica* is one TP x CP x PP block that holds one copy of the model. Its *lead*, the first of its ranks,
 is the one that talks to the rollout engine and to the tools. Groups made here:
@@ -13,8 +13,6 @@ from __future__ import annotations
 import datetime
 import io
 import json
-import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,22 +22,13 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from rest_mega import launch
 from rest_mega.config import ConfigError, ParallelConfig
 from rest_mega.trainer import device as devices
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Sums = Mapping[str, tuple[float, float]]
 """Name -> (total, count): what a mean needs to be merged over ranks."""
-
-
-def world_size() -> int:
-    """Number of ranks that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """This process's rank; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
 
 
 @dataclass(frozen=True)
@@ -162,10 +151,10 @@ def start(config: ParallelConfig, device_name: str) -> Parallel:
 
     ConfigError when the world size does not fit the parallel sizes or the device is not there.
     """
-    config.data_parallel(world_size())
+    config.data_parallel(launch.world_size())
     devices.adapt_mcore()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(launch.local_rank())
     else:
         torch.set_num_threads(1)
     device = devices.resolve(device_name)
@@ -186,30 +175,14 @@ def stop() -> None:
 def _join(config: ParallelConfig, device: torch.device) -> None:
     if dist.is_initialized():
         return
-    _loopback_for_gloo()
-    init = os.environ.get("REST_MEGA_INIT_METHOD")
-    if init is None:
-        init = "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{_free_port()}"
+    launch.keep_gloo_on_loopback()
     dist.init_process_group(
         devices.backend(device),
-        init_method=init,
-        rank=rank(),
-        world_size=world_size(),
+        init_method=launch.rendezvous(),
+        rank=launch.rank(),
+        world_size=launch.world_size(),
         timeout=datetime.timedelta(seconds=config.timeout_s),
     )
-
-
-def _loopback_for_gloo() -> None:
-    """Where all ranks are on this machine, gloo listens on loopback and needs no host name."""
-    one_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) == world_size()
-    if one_node:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _model_parallel(config: ParallelConfig) -> None:
@@ -237,16 +210,16 @@ def _place(config: ParallelConfig, device: torch.device) -> Parallel:
     wait = datetime.timedelta(seconds=config.rollout_timeout_s)
     control = dist.new_group(backend="gloo", timeout=wait)
     data_rank = state.get_data_parallel_rank()
-    everyone = torch.zeros(world_size(), dtype=torch.int64)
-    everyone[rank()] = data_rank
+    everyone = torch.zeros(launch.world_size(), dtype=torch.int64)
+    everyone[launch.rank()] = data_rank
     dist.all_reduce(everyone, group=control)
     replicas = [tuple(torch.nonzero(everyone == r).flatten().tolist()) for r in range(int(everyone.max()) + 1)]
     groups = [dist.new_group(list(ranks), backend="gloo", timeout=wait) for ranks in replicas]
     return Parallel(
         config=config,
         device=device,
-        rank=rank(),
-        world_size=world_size(),
+        rank=launch.rank(),
+        world_size=launch.world_size(),
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         replica=groups[data_rank],
         control=control,

@@ -1,0 +1,45 @@
+# make quickstart: train a small tool-using model here.   make test: lint, types and tests.
+PYTHON ?= python3
+VENV ?= .venv
+# A CPU build of torch is enough without a GPU. Where pip offers one elsewhere, say so, for example
+# make setup TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup quickstart test lint format type pytest slow clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $(STAMP)
+
+quickstart: setup
+	PATH="$(abspath $(BIN)):$$PATH" examples/quickstart/run.sh $(ARGS)
+
+test: lint type pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: setup
+	$(BIN)/mypy
+
+pytest: setup
+	$(BIN)/python -m pytest -q $(ARGS)
+
+slow: setup
+	$(BIN)/python -m pytest -q -m 'slow' $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

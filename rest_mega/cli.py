@@ -1,0 +1,171 @@
+"""Command line: VERB CONFIG.yaml [section.key=value ...] [--megatron-name value ...] -> RunConfig -> the verb."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rest_mega import launch
+from rest_mega.config import ConfigError, RunConfig, known_keys
+
+VERBS = {
+    "train": ("rest_mega.train", "train with ResT; resumes from the newest checkpoint in run.dir"),
+    "sft": ("rest_mega.sft", "supervised warm start on chat dialogues"),
+    "eval": ("rest_mega.evaluate", "held-out success of a checkpoint, without training"),
+}
+
+MEGATRON_ALIASES = {
+    "--tensor-model-parallel-size": "parallel.tensor",
+    "--pipeline-model-parallel-size": "parallel.pipeline",
+    "--num-virtual-stages-per-pipeline-rank": "parallel.virtual_pipeline",
+    "--context-parallel-size": "parallel.context",
+    "--expert-model-parallel-size": "parallel.expert",
+    "--sequence-parallel": "parallel.sequence",
+    "--use-distributed-optimizer": "optimizer.distributed",
+    "--lr": "optimizer.lr",
+    "--weight-decay": "optimizer.weight_decay",
+    "--adam-beta1": "optimizer.beta1",
+    "--adam-beta2": "optimizer.beta2",
+    "--adam-eps": "optimizer.eps",
+    "--clip-grad": "optimizer.clip_grad",
+    "--seed": "run.seed",
+    "--train-iters": "run.steps",
+}
+"""Megatron's own names; the flags among them stand for true."""
+
+_FLAGS = ("--sequence-parallel", "--use-distributed-optimizer")
+
+HELP = """usage: rest-mega VERB CONFIG.yaml [section.key=value ...] [--megatron-name value ...]
+       torchrun --nproc-per-node N -m rest_mega VERB CONFIG.yaml ...
+
+verbs:
+{verbs}
+
+Relative paths are relative to the current directory. `rest-mega keys` lists every config key.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code: 0 done, 2 bad input, 130 interrupted after saving."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(HELP.format(verbs="\n".join(f"  {verb:6} {text}" for verb, (_, text) in VERBS.items())))
+        return 0 if words else 2
+    if words[0] == "keys":
+        sys.stdout.write("\n".join(known_keys()) + "\n")
+        return 0
+    try:
+        verb, config = read(words)
+        module = importlib.import_module(VERBS[verb][0])
+        return int(module.run(config))
+    except ConfigError as error:
+        who = f" [rank {launch.rank()}]" if launch.world_size() > 1 else ""
+        sys.stderr.write(f"rest-mega{who}: {error}\n")
+        return 2
+    except Exception:
+        # Tell why before torchrun ends the peers that now wait for this rank.
+        traceback.print_exc()
+        sys.stderr.flush()
+        return 1
+
+
+def read(words: Sequence[str]) -> tuple[str, RunConfig]:
+    """(verb, config) of a command line; ConfigError names what is unknown and the nearest known names."""
+    verb, rest = words[0], list(words[1:])
+    if verb not in VERBS:
+        raise ConfigError(f"unknown verb {verb!r}; choose one of {', '.join(VERBS)}{_near(verb, list(VERBS))}")
+    if not rest or "=" in rest[0] or rest[0].startswith("--"):
+        raise ConfigError(f"{verb} needs a config file: rest-mega {verb} CONFIG.yaml [section.key=value ...]")
+    tree = read_yaml(Path(rest[0]))
+    for key, value in _overrides(rest[1:]):
+        lay_over(tree, key, value)
+    return verb, RunConfig.from_dict(tree)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as nested dictionaries; a key that stands twice is an error with its line."""
+    if not path.is_file():
+        here = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise ConfigError(f"no config file {str(path)!r}{_near(str(path), here)}")
+    try:
+        tree = yaml.load(path.read_text(), Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections with keys, not {type(tree).__name__}")
+    return tree
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.YAMLError(f"key {key!r} stands twice, again in line {key_node.start_mark.line + 1}")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def lay_over(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set `section.key` (or deeper) in the nested dictionaries of `tree`."""
+    *path, last = key.split(".")
+    for part in path:
+        below = tree.setdefault(part, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"{key}: {part} is {below!r}, which has no keys below it")
+        tree = below
+    tree[last] = value
+
+
+def _overrides(words: list[str]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            found.append(_megatron(word, words))
+        elif "=" in word and "." in word.split("=")[0]:
+            key, text = word.split("=", 1)
+            found.append((key, _value(key, text)))
+        else:
+            raise ConfigError(f"{word!r} is neither section.key=value nor one of Megatron's options")
+    return found
+
+
+def _megatron(word: str, words: list[str]) -> tuple[str, Any]:
+    name, has_value, text = word.partition("=")
+    if name == "--bf16":
+        return "model.dtype", "bf16"
+    if name not in MEGATRON_ALIASES:
+        raise ConfigError(f"unknown option {name!r}{_near(name, list(MEGATRON_ALIASES))}; or write section.key=value")
+    if name in _FLAGS and not has_value:
+        return MEGATRON_ALIASES[name], True
+    if not has_value:
+        if not words:
+            raise ConfigError(f"{name} needs a value")
+        text = words.pop(0)
+    return MEGATRON_ALIASES[name], _value(name, text)
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}={text!r} is not a YAML value: {error}") from error
+    return "" if value is None and text == "" else value
+
+
+def _near(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,0 +1,41 @@
+"""torchrun's variables: who this process is. The sole reader of os.environ in the package."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+def world_size() -> int:
+    """Number of ranks that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's rank; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's rank on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def rendezvous() -> str:
+    """torch.distributed's init_method: torchrun's, the one given in REST_MEGA_INIT_METHOD, or a loopback port."""
+    if given := os.environ.get("REST_MEGA_INIT_METHOD"):
+        return given
+    return "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{free_port()}"
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def keep_gloo_on_loopback() -> None:
+    """Where all ranks are on this machine, gloo listens on loopback and needs no host name."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) == world_size():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -1,0 +1,88 @@
+"""run_ranks(fn, world_size, ...): fresh processes of a distributed run, forked from a server that has torch and megatron.
+
+Starting the server takes seconds, once per test session; four ranks with their groups are then up in about a
+second. Every call has a deadline: ranks that are silent are named, and only its own children are ended.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.support.preload"])
+
+
+class RankError(AssertionError):
+    """A rank failed or stayed silent."""
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """`fn(*args)` on every rank of a new run, with torchrun's variables set; the results in rank order.
+
+    `fn` must be importable (a module-level function). The first failing rank's traceback is raised as RankError.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, children = [], []
+        for rank in range(world_size):
+            mine, theirs = _CONTEXT.Pipe(duplex=False)
+            child = _CONTEXT.Process(target=_rank, args=(fn, args, rank, world_size, folder, theirs))
+            child.start()
+            theirs.close()
+            pipes.append(mine)
+            children.append(child)
+        try:
+            return _collect(pipes, time.monotonic() + timeout, timeout)
+        finally:
+            for child in children:
+                child.join(timeout=5)
+                if child.is_alive():
+                    child.kill()
+                    child.join()
+
+
+def _collect(pipes: list[Connection], deadline: float, timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankError(f"no answer from rank(s) {sorted(waiting.values())} within {timeout:.0f} s")
+        for pipe in ready:
+            results[waiting[pipe]] = _receive(pipe, waiting[pipe])  # type: ignore[index, arg-type]
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _receive(pipe: Any, rank: int) -> Any:
+    try:
+        ok, value = pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        raise RankError(f"rank {rank} died without an answer") from None
+    if not ok:
+        raise RankError(f"rank {rank} failed:\n{value}")
+    return value
+
+
+def _rank(fn: Callable[..., Any], args: Any, rank: int, world_size: int, folder: str, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        REST_MEGA_INIT_METHOD=f"file://{Path(folder) / 'store'}",
+        OMP_NUM_THREADS="1",
+    )
+    try:
+        answer = (True, fn(*args))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(answer))
+    pipe.close()
