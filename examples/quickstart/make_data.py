@@ -82,7 +82,7 @@ def dialogue(task: Any, turns: Any, answer: int) -> dict[str, Any]:
     return {"messages": messages, "tools": []}
 
 
-def dialogues(seed: str, count: int) -> Iterator[dict[str, Any]]:
+def demonstrations(seed: str, count: int) -> Iterator[dict[str, Any]]:
     """The warm start's curriculum, none of it held out."""
     rng = random.Random(seed)
     easy = draw(rng, list(tasks.KINDS)[:4], held_out=False)
@@ -105,16 +105,20 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
 
 
+def write(out: Path, *, seed: int, train: int = TRAIN, held_out: int = HELD_OUT, dialogues: int = DIALOGUES) -> None:
+    """The three files; another seed draws other tasks, but held-out combinations stay held out."""
+    _write(out / "train.jsonl", prompts(f"train {seed}", train, held_out=False))
+    _write(out / "held_out.jsonl", prompts(f"held out {seed}", held_out, held_out=True))
+    _write(out / "dialogues.jsonl", demonstrations(f"dialogues {seed}", dialogues))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for train, held_out and dialogues .jsonl")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other tasks (held-out ones stay apart)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other tasks")
     arguments = parser.parse_args()
-    out, seed = arguments.out, arguments.seed
-    _write(out / "train.jsonl", prompts(f"train {seed}", TRAIN, held_out=False))
-    _write(out / "held_out.jsonl", prompts(f"held out {seed}", HELD_OUT, held_out=True))
-    _write(out / "dialogues.jsonl", dialogues(f"dialogues {seed}", DIALOGUES))
+    write(arguments.out, seed=arguments.seed)
 
 
 if __name__ == "__main__":

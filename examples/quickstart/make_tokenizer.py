@@ -13,11 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2
-from make_data import dialogues
+from make_data import demonstrations
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 HERE = Path(__file__).parent
-SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+SPECIAL = [
+    "<|pad|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+]
 VOCABULARY = 640
 
 
@@ -26,7 +34,7 @@ def texts(template: str, count: int) -> Iterator[str]:
     environment = jinja2.Environment()
     environment.filters["tojson"] = json.dumps
     render = environment.from_string(template).render
-    for example in dialogues("tokenizer", count):
+    for example in demonstrations("tokenizer", count):
         yield render(messages=example["messages"])
     for number in range(100):
         yield f"{number:02d} " * 100

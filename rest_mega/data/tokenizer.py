@@ -59,7 +59,10 @@ class Tokenizer(Protocol):
         """The tokens' bytes as UTF-8 text, special tokens included; what is no UTF-8 becomes U+FFFD."""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that this token stands for; of a special token its literal text."""
+        """The bytes that this token stands for; of a special token its literal text.
+
+        Models pad their vocabulary, and an untrained row of the padding can be sampled: it stands for no bytes.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +91,10 @@ class LoadedTokenizer:
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The token's bytes; ConfigError for an id outside the vocabulary."""
-        if not 0 <= token_id < len(self.table):
-            raise ConfigError(
-                f"token id {token_id} is outside the tokenizer's vocabulary of {len(self.table)}: the model's "
-                "vocabulary is larger; take the tokenizer that belongs to the model"
-            )
-        return self.table[token_id]
+        """The token's bytes; none for ids of the model's padding. ValueError for a negative id."""
+        if token_id < 0:
+            raise ValueError(f"token id {token_id} is negative; ids start at 0")
+        return self.table[token_id] if token_id < len(self.table) else b""
 
 
 @dataclass(frozen=True)

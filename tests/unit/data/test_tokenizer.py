@@ -98,9 +98,10 @@ def test_byte_fallback_in_a_hugging_face_file(tmp_path: Path) -> None:
     assert tokenizer.token_bytes(tokenizer.encode(" ab")[0]) == b" ab"
 
 
-def test_ids_beyond_the_vocabulary_are_refused() -> None:
-    with pytest.raises(ConfigError, match="outside the tokenizer's vocabulary"):
-        BPE.token_bytes(BPE.vocab_size)
+def test_ids_of_a_models_padding_stand_for_no_bytes() -> None:
+    assert BPE.token_bytes(BPE.vocab_size) == b""
+    with pytest.raises(ValueError, match="-1 is negative"):
+        BPE.token_bytes(-1)
 
 
 def test_sentencepiece_takes_added_tokens_from_the_config(tmp_path: Path) -> None:
