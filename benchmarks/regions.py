@@ -2,9 +2,10 @@
 
     python benchmarks/regions.py [--dialect hermes] [--repeats 50]
 
-Replies are made up: reasoning, calls with strings, numbers and nested arguments, an answer; cut into
-tokens of about four bytes, tags in one piece. CPU time of this process, median of the repeats.
-Targets: at least 1.5 M tokens/s in every row, and time(4k tokens, 8 calls) / time(1k tokens, 1 call) <= 6.
+Replies are made up: reasoning, calls with strings, numbers and nested arguments, an answer; cut
+into tokens of about four bytes, tags in one piece. CPU time of this process, median of the repeats.
+Targets: at least 1.5 M tokens/s in every row, and time(4k tokens, 8 calls) / time(1k tokens, 1
+call) <= 6.
 """
 
 from __future__ import annotations
@@ -20,8 +21,31 @@ from rest_mega.credit.regions import tag
 from rest_mega.dialects import parse
 
 SIZES = ((1024, 1), (1024, 4), (2048, 4), (4096, 1), (4096, 8))
-WORDS = "the tool returns a list of cities weather unit date and value must be given before we call it again".split()
-PIECE = re.compile(rb"</?(?:think|tool_call|response)>| ?[A-Za-z_]{1,5}|[0-9]{1,3}|[^A-Za-z0-9_<]{1,3}|<")
+WORDS = [
+    "the",
+    "tool",
+    "returns",
+    "a",
+    "list",
+    "of",
+    "cities",
+    "weather",
+    "unit",
+    "date",
+    "and",
+    "value",
+    "must",
+    "be",
+    "given",
+    "before",
+    "we",
+    "call",
+    "it",
+    "again",
+]
+PIECE = re.compile(
+    rb"</?(?:think|tool_call|response)>| ?[A-Za-z_]{1,5}|[0-9]{1,3}|[^A-Za-z0-9_<]{1,3}|<"
+)
 
 
 def arguments(random_: random.Random) -> dict[str, object]:
@@ -62,7 +86,9 @@ def milliseconds(tokens: list[bytes], dialect: str, repeats: int) -> float:
 
 def main() -> None:
     """Print one row per size, then the growth."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dialect", choices=("hermes", "toolrl"), default="hermes")
     parser.add_argument("--repeats", type=int, default=50)
     options = parser.parse_args()
@@ -71,9 +97,11 @@ def main() -> None:
     for size, calls in SIZES:
         tokens = reply(options.dialect, size, calls, seed=size + calls)
         parsed = parse(b"".join(tokens), options.dialect)
-        assert parsed.well_formed and len(parsed.calls) == calls, parsed.error
+        assert parsed.well_formed, parsed.error
+        assert len(parsed.calls) == calls, (len(parsed.calls), calls)
         taken[size, calls] = ms = milliseconds(tokens, options.dialect, options.repeats)
-        print(f"{len(tokens):>8}{calls:>7}{len(b''.join(tokens)):>8}{ms:>9.3f}{len(tokens) / ms / 1e3:>12.2f}")
+        count, size_B = len(tokens), len(b"".join(tokens))
+        print(f"{count:>8}{calls:>7}{size_B:>8}{ms:>9.3f}{count / ms / 1e3:>12.2f}")
     print(f"growth: time(4k, 8 calls) / time(1k, 1 call) = {taken[4096, 8] / taken[1024, 1]:.1f}")
 
 

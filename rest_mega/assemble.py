@@ -88,30 +88,41 @@ class Session:
 
 
 def read_inputs(config: RunConfig, *, prompts: bool) -> Inputs:
-    """Read model config, tokenizer, environments and prompts; ConfigError says what does not fit."""
+    """Read model config, tokenizer, environments and prompts; ConfigError says what does not
+    fit."""
     config.check_world(launch.world_size())
-    require(bool(config.model.path), "model.path is empty; point it at a Hugging Face checkpoint folder")
+    require(
+        bool(config.model.path), "model.path is empty; point it at a Hugging Face checkpoint folder"
+    )
     one_of("tokenizer.dialect", config.tokenizer.dialect, DIALECTS)
     load_modules(config.environment.modules)
     architecture = read_architecture(config.model.path)
     architecture.check(config.parallel)
-    tokenizer = load_tokenizer(config.tokenizer.path or config.model.path, config.tokenizer.chat_template)
+    tokenizer = load_tokenizer(
+        config.tokenizer.path or config.model.path, config.tokenizer.chat_template
+    )
     require(
         tokenizer.vocab_size <= architecture.vocab_size,
-        f"the tokenizer has {tokenizer.vocab_size} tokens, the model {architecture.vocab_size} embedding rows: "
+        f"the tokenizer has {tokenizer.vocab_size} tokens, the model {architecture.vocab_size} "
+        "embedding rows: "
         "use the tokenizer that belongs to the model",
     )
     inputs = Inputs(architecture, tokenizer, ChatFormat(tokenizer), Rubric(config.rewards))
     if prompts:
-        require(bool(config.data.train), "data.train is empty; name a JSONL or Parquet file of prompts")
+        require(
+            bool(config.data.train), "data.train is empty; name a JSONL or Parquet file of prompts"
+        )
         inputs.train = load_prompts(config.data.train, config.data.system)
     if config.data.held_out:
-        inputs.held_out = load_prompts(config.data.held_out, config.data.system)[: config.evaluation.prompts]
+        inputs.held_out = load_prompts(config.data.held_out, config.data.system)[
+            : config.evaluation.prompts
+        ]
     return inputs
 
 
 def open_session(config: RunConfig, inputs: Inputs, *, total_steps: int, rollouts: bool) -> Session:
-    """Start the process groups, build or resume the trainer, start the engine; every rank calls it together."""
+    """Start the process groups, build or resume the trainer, start the engine; every rank calls it
+    together."""
     stop = Stop()
     stop.watch()
     place = parallel.start(config.parallel, config.run.device)
@@ -175,7 +186,15 @@ def _move_aside(run_dir: Path) -> None:
     os.replace(run_dir, target)
 
 
-_FIXED = ("model.path", "model.init", "tokenizer.path", "tokenizer.dialect", "data.train", "run.seed", "optimizer.name")
+_FIXED = (
+    "model.path",
+    "model.init",
+    "tokenizer.path",
+    "tokenizer.dialect",
+    "data.train",
+    "run.seed",
+    "optimizer.name",
+)
 
 
 def _check_same_run(config: RunConfig, state: Mapping[str, Any], folder: Path) -> None:
@@ -184,7 +203,8 @@ def _check_same_run(config: RunConfig, state: Mapping[str, Any], folder: Path) -
         section, name = key.split(".")
         if now[section][name] != then[section][name]:
             raise ConfigError(
-                f"{key}={now[section][name]!r} contradicts the checkpoint {folder}, made with {then[section][name]!r}; "
+                f"{key}={now[section][name]!r} contradicts the checkpoint {folder}, made with "
+                f"{then[section][name]!r}; "
                 "use another run.dir, or start anew with run.fresh=true"
             )
 

@@ -1,4 +1,5 @@
-"""Command line: VERB CONFIG.yaml [section.key=value ...] [--megatron-name value ...] -> RunConfig -> the verb."""
+"""Command line: VERB CONFIG.yaml [section.key=value ...] [--megatron-name value ...] -> RunConfig
+-> the verb."""
 
 from __future__ import annotations
 
@@ -56,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code: 0 done, 2 bad input, 130 interrupted after saving."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
-        sys.stdout.write(HELP.format(verbs="\n".join(f"  {verb:6} {text}" for verb, (_, text) in VERBS.items())))
+        sys.stdout.write(
+            HELP.format(verbs="\n".join(f"  {verb:6} {text}" for verb, (_, text) in VERBS.items()))
+        )
         return 0 if words else 2
     if words[0] == "keys":
         sys.stdout.write("\n".join(known_keys()) + "\n")
@@ -77,12 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read(words: Sequence[str]) -> tuple[str, RunConfig]:
-    """(verb, config) of a command line; ConfigError names what is unknown and the nearest known names."""
+    """(verb, config) of a command line; ConfigError names what is unknown and the nearest known
+    names."""
     verb, rest = words[0], list(words[1:])
     if verb not in VERBS:
-        raise ConfigError(f"unknown verb {verb!r}; choose one of {', '.join(VERBS)}{_near(verb, list(VERBS))}")
+        raise ConfigError(
+            f"unknown verb {verb!r}; choose one of {', '.join(VERBS)}{_near(verb, list(VERBS))}"
+        )
     if not rest or "=" in rest[0] or rest[0].startswith("--"):
-        raise ConfigError(f"{verb} needs a config file: rest-mega {verb} CONFIG.yaml [section.key=value ...]")
+        raise ConfigError(
+            f"{verb} needs a config file: rest-mega {verb} CONFIG.yaml [section.key=value ...]"
+        )
     tree = read_yaml(Path(rest[0]))
     for key, value in _overrides(rest[1:]):
         lay_over(tree, key, value)
@@ -111,9 +119,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.YAMLError(f"key {key!r} stands twice, again in line {key_node.start_mark.line + 1}")
+                raise yaml.YAMLError(
+                    f"key {key!r} stands twice, again in line {key_node.start_mark.line + 1}"
+                )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -139,7 +149,9 @@ def _overrides(words: list[str]) -> list[tuple[str, Any]]:
             key, text = word.split("=", 1)
             found.append((key, _value(key, text)))
         else:
-            raise ConfigError(f"{word!r} is neither section.key=value nor one of Megatron's options")
+            raise ConfigError(
+                f"{word!r} is neither section.key=value nor one of Megatron's options"
+            )
     return found
 
 
@@ -148,7 +160,10 @@ def _megatron(word: str, words: list[str]) -> tuple[str, Any]:
     if name == "--bf16":
         return "model.dtype", "bf16"
     if name not in MEGATRON_ALIASES:
-        raise ConfigError(f"unknown option {name!r}{_near(name, list(MEGATRON_ALIASES))}; or write section.key=value")
+        raise ConfigError(
+            f"unknown option {name!r}{_near(name, list(MEGATRON_ALIASES))}; or write "
+            "section.key=value"
+        )
     if name in _FLAGS and not has_value:
         return MEGATRON_ALIASES[name], True
     if not has_value:

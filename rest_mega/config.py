@@ -1,4 +1,5 @@
-"""Every knob of a run: one frozen dataclass per component, checked when built. Standard library only.
+"""Every knob of a run: one frozen dataclass per component, checked when built. Standard library
+only.
 
 `RunConfig.from_dict` builds the whole tree from a nested mapping (a parsed YAML file with the
 `section.key=value` words of the command line laid over it) and answers an unknown key with the
@@ -42,13 +43,17 @@ class ModelConfig:
     path: str = ""
     """Folder of a Hugging Face checkpoint (config.json, *.safetensors) to start from."""
     init: str = "load"
-    """load: read the weights in `path`; random: take only its config.json and draw the weights from `run.seed`."""
+    """load: read the weights in `path`; random: take only its config.json and draw the weights from
+    `run.seed`."""
     dtype: str = "fp32"
-    """fp32 or bf16: the dtype of parameters and activations; gradients and optimizer state stay fp32."""
+    """fp32 or bf16: the dtype of parameters and activations; gradients and optimizer state stay
+    fp32."""
     layers: str = "auto"
-    """te: Transformer Engine's layers; local: torch SDPA attention; auto: te where it is installed on a GPU."""
+    """te: Transformer Engine's layers; local: torch SDPA attention; auto: te where it is installed
+    on a GPU."""
     recompute: str = "none"
-    """none, selective (attention) or full (every layer): activations recomputed in the backward pass."""
+    """none, selective (attention) or full (every layer): activations recomputed in the backward
+    pass."""
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("fp32", "bf16"))
@@ -78,7 +83,8 @@ class ParallelConfig:
     pipeline: int = 1
     """Pipeline-parallel size (Megatron: pipeline_model_parallel_size)."""
     virtual_pipeline: int = 1
-    """Model chunks per pipeline rank, > 1 for the interleaved schedule (Megatron: virtual_pipeline_model_parallel_size)."""
+    """Model chunks per pipeline rank, > 1 for the interleaved schedule (Megatron:
+    virtual_pipeline_model_parallel_size)."""
     context: int = 1
     """Context-parallel size (Megatron: context_parallel_size)."""
     expert: int = 1
@@ -102,7 +108,10 @@ class ParallelConfig:
             self.virtual_pipeline == 1 or self.pipeline > 1,
             f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1",
         )
-        require(self.timeout_s > 0 and self.rollout_timeout_s > 0, "parallel timeouts must be positive seconds")
+        require(
+            self.timeout_s > 0 and self.rollout_timeout_s > 0,
+            "parallel timeouts must be positive seconds",
+        )
 
     @property
     def replica_size(self) -> int:
@@ -113,8 +122,10 @@ class ParallelConfig:
         """Replicas in `world_size` ranks; raises ConfigError when it does not divide."""
         require(
             world_size % self.replica_size == 0,
-            f"world size {world_size} is not a multiple of tensor {self.tensor} x pipeline {self.pipeline} x "
-            f"context {self.context} = {self.replica_size}; launch a multiple of {self.replica_size} processes "
+            f"world size {world_size} is not a multiple of tensor {self.tensor} x pipeline "
+            f"{self.pipeline} x "
+            f"context {self.context} = {self.replica_size}; launch a multiple of "
+            f"{self.replica_size} processes "
             "(torchrun --nproc-per-node) or change the parallel sizes",
         )
         return world_size // self.replica_size
@@ -153,8 +164,14 @@ class OptimizerConfig:
         one_of("optimizer.name", self.name, ("adam", "sgd", "muon"))
         one_of("optimizer.decay", self.decay, ("constant", "linear", "cosine"))
         require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
-        require(0 <= self.min_lr_ratio <= 1, f"optimizer.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]")
-        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
+        require(
+            0 <= self.min_lr_ratio <= 1,
+            f"optimizer.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]",
+        )
+        require(
+            self.warmup_steps >= 0,
+            f"optimizer.warmup_steps={self.warmup_steps} must not be negative",
+        )
         require(self.clip_grad >= 0, f"optimizer.clip_grad={self.clip_grad} must not be negative")
         require(
             self.name != "muon" or not self.distributed,
@@ -179,7 +196,8 @@ class EnvironmentConfig:
     """Limits on what answers a tool call; the environment itself is named by each prompt."""
 
     modules: tuple[str, ...] = ()
-    """Python files or importable modules that register tools, environments and rewards, loaded at start."""
+    """Python files or importable modules that register tools, environments and rewards, loaded at
+    start."""
     call_timeout_s: float = 10.0
     """Deadline of one tool call, in seconds."""
     result_characters: int = 4096
@@ -188,9 +206,18 @@ class EnvironmentConfig:
     """More calls than these in one turn are refused (each is still answered)."""
 
     def __post_init__(self) -> None:
-        require(self.call_timeout_s > 0, f"environment.call_timeout_s={self.call_timeout_s} must be positive")
-        require(self.result_characters > 0, f"environment.result_characters={self.result_characters} must be positive")
-        require(self.calls_per_turn > 0, f"environment.calls_per_turn={self.calls_per_turn} must be positive")
+        require(
+            self.call_timeout_s > 0,
+            f"environment.call_timeout_s={self.call_timeout_s} must be positive",
+        )
+        require(
+            self.result_characters > 0,
+            f"environment.result_characters={self.result_characters} must be positive",
+        )
+        require(
+            self.calls_per_turn > 0,
+            f"environment.calls_per_turn={self.calls_per_turn} must be positive",
+        )
 
 
 @dataclass(frozen=True)
@@ -222,12 +249,22 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         one_of("rollout.engine", self.engine, ("embedded", "replay"))
-        for name in ("prompts_per_step", "samples_per_prompt", "max_turns", "max_new_tokens", "max_tokens", "batch_size"):
+        for name in (
+            "prompts_per_step",
+            "samples_per_prompt",
+            "max_turns",
+            "max_new_tokens",
+            "max_tokens",
+            "batch_size",
+        ):
             value = getattr(self, name)
             require(value >= 1, f"rollout.{name}={value} must be at least 1")
         require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
         require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must be in (0, 1]")
-        require(self.engine != "replay" or bool(self.replay), "rollout.engine=replay needs rollout.replay=FOLDER")
+        require(
+            self.engine != "replay" or bool(self.replay),
+            "rollout.engine=replay needs rollout.replay=FOLDER",
+        )
 
 
 @dataclass(frozen=True)
@@ -265,7 +302,10 @@ class CreditConfig:
     def __post_init__(self) -> None:
         one_of("credit.preset", self.preset, ("rest", "rest-paper", "rest-code", "uniform"))
         one_of("credit.advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
-        require(0 <= self.entropy_momentum < 1, f"credit.entropy_momentum={self.entropy_momentum} must be in [0, 1)")
+        require(
+            0 <= self.entropy_momentum < 1,
+            f"credit.entropy_momentum={self.entropy_momentum} must be in [0, 1)",
+        )
 
 
 @dataclass(frozen=True)
@@ -294,7 +334,10 @@ class LossConfig:
             self.dual_clip == 0 or self.dual_clip > 1,
             f"loss.dual_clip={self.dual_clip} must be 0 (off) or greater than 1",
         )
-        require(self.optimizer_steps >= 1, f"loss.optimizer_steps={self.optimizer_steps} must be at least 1")
+        require(
+            self.optimizer_steps >= 1,
+            f"loss.optimizer_steps={self.optimizer_steps} must be at least 1",
+        )
 
 
 @dataclass(frozen=True)
@@ -313,14 +356,18 @@ class SftConfig:
     """Supervised warm start (`rest-mega sft`)."""
 
     data: str = ""
-    """Chat dialogues as JSONL: {"messages": [...], "tools": [...]} per line; loss on assistant turns only."""
+    """Chat dialogues as JSONL: {"messages": [...], "tools": [...]} per line; loss on assistant
+    turns only."""
     dialogues_per_step: int = 32
     """Dialogues of one optimizer step, over all replicas."""
     shuffle: bool = True
     """Draw dialogues in seeded random order; false keeps the file's order (a curriculum)."""
 
     def __post_init__(self) -> None:
-        require(self.dialogues_per_step >= 1, f"sft.dialogues_per_step={self.dialogues_per_step} must be at least 1")
+        require(
+            self.dialogues_per_step >= 1,
+            f"sft.dialogues_per_step={self.dialogues_per_step} must be at least 1",
+        )
 
 
 @dataclass(frozen=True)
@@ -332,7 +379,8 @@ class EvaluationConfig:
     prompts: int = 128
     """Held-out prompts used, from the start of the file."""
     greedy: bool = True
-    """Also evaluate with greedy decoding (one sample at temperature rollout.temperature always is)."""
+    """Also evaluate with greedy decoding (one sample at temperature rollout.temperature always
+    is)."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"evaluation.every={self.every} must not be negative")
@@ -359,7 +407,8 @@ class LoopConfig:
     """The run itself."""
 
     dir: str = "runs/default"
-    """Run directory: metrics, checkpoints, report. A run resumes from the newest checkpoint in it."""
+    """Run directory: metrics, checkpoints, report. A run resumes from the newest checkpoint in
+    it."""
     steps: int = 100
     """Training steps."""
     seed: int = 0
@@ -379,7 +428,10 @@ class LoopConfig:
         one_of("run.device", self.device, ("auto", "cpu", "cuda"))
         require(self.steps >= 0, f"run.steps={self.steps} must not be negative")
         require(self.save_every >= 0, f"run.save_every={self.save_every} must not be negative")
-        require(self.keep_checkpoints >= 1, f"run.keep_checkpoints={self.keep_checkpoints} must be at least 1")
+        require(
+            self.keep_checkpoints >= 1,
+            f"run.keep_checkpoints={self.keep_checkpoints} must be at least 1",
+        )
         require(0 <= self.seed < 2**31, f"run.seed={self.seed} must be in [0, 2^31)")
 
 
@@ -405,14 +457,18 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.rollout.prompts_per_step * self.rollout.samples_per_prompt >= self.loss.optimizer_steps,
+            self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+            >= self.loss.optimizer_steps,
             f"loss.optimizer_steps={self.loss.optimizer_steps} exceeds the trajectories of a step "
-            f"({self.rollout.prompts_per_step} prompts x {self.rollout.samples_per_prompt} samples)",
+            f"({self.rollout.prompts_per_step} prompts x {self.rollout.samples_per_prompt} "
+            "samples)",
         )
         require(
             self.rollout.max_tokens <= self.packing.tokens,
-            f"rollout.max_tokens={self.rollout.max_tokens} exceeds packing.tokens={self.packing.tokens}: "
-            "a trajectory must fit into one micro-batch; raise packing.tokens or lower rollout.max_tokens",
+            f"rollout.max_tokens={self.rollout.max_tokens} exceeds "
+            f"packing.tokens={self.packing.tokens}: "
+            "a trajectory must fit into one micro-batch; raise packing.tokens or lower "
+            "rollout.max_tokens",
         )
 
     @classmethod
@@ -429,7 +485,8 @@ class RunConfig:
         replicas = self.parallel.data_parallel(world_size)
         require(
             self.rollout.prompts_per_step % replicas == 0,
-            f"rollout.prompts_per_step={self.rollout.prompts_per_step} is not a multiple of the {replicas} "
+            f"rollout.prompts_per_step={self.rollout.prompts_per_step} is not a multiple of the "
+            f"{replicas} "
             f"data-parallel replicas; use a multiple of {replicas}",
         )
 
@@ -437,11 +494,18 @@ class RunConfig:
 def known_keys() -> list[str]:
     """Every `section.key` of RunConfig."""
     hints = typing.get_type_hints(RunConfig)
-    return [f"{s.name}.{k.name}" for s in dataclasses.fields(RunConfig) for k in dataclasses.fields(hints[s.name])]
+    return [
+        f"{s.name}.{k.name}"
+        for s in dataclasses.fields(RunConfig)
+        for k in dataclasses.fields(hints[s.name])
+    ]
 
 
 def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
-    require(isinstance(tree, Mapping), f"{prefix.rstrip('.') or 'the config'} must be a mapping, not {tree!r}")
+    require(
+        isinstance(tree, Mapping),
+        f"{prefix.rstrip('.') or 'the config'} must be a mapping, not {tree!r}",
+    )
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     values: dict[str, Any] = {}
@@ -459,12 +523,17 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
 
 def _unknown(key: str, siblings: list[str]) -> ConfigError:
     near = difflib.get_close_matches(key, siblings + known_keys(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else f"known keys: {', '.join(siblings)}"
+    hint = (
+        f"did you mean {' or '.join(dict.fromkeys(near))}?"
+        if near
+        else f"known keys: {', '.join(siblings)}"
+    )
     return ConfigError(f"unknown config key {key!r}; {hint}")
 
 
 def _coerce(key: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind`; only lossless conversions (YAML's `1e-3` is a string, `2` may be a float)."""
+    """`value` as `kind`; only lossless conversions (YAML's `1e-3` is a string, `2` may be a
+    float)."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None:
@@ -484,7 +553,10 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
             number = float(value) if not isinstance(value, bool) else None
         except (TypeError, ValueError):
             number = None
-        require(number is not None and (kind is float or number == int(number)), f"{key}={value!r} must be {_A[kind]}")
+        require(
+            number is not None and (kind is float or number == int(number)),
+            f"{key}={value!r} must be {_A[kind]}",
+        )
         return value if kind is int and isinstance(value, int) else kind(typing.cast(float, number))
     require(isinstance(value, str), f"{key}={value!r} must be {_A[kind]}")
     return value

@@ -22,7 +22,8 @@ def local_rank() -> int:
 
 
 def rendezvous() -> str:
-    """torch.distributed's init_method: torchrun's, the one given in REST_MEGA_INIT_METHOD, or a loopback port."""
+    """torch.distributed's init_method: torchrun's, the one given in REST_MEGA_INIT_METHOD, or a
+    loopback port."""
     if given := os.environ.get("REST_MEGA_INIT_METHOD"):
         return given
     return "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{free_port()}"

@@ -1,9 +1,9 @@
 """The nouns that travel through a training step, and the legend of shapes.
 
-Legend of axes, written as suffixes: P prompts, G siblings of one prompt, S samples, M micro-batches,
-T tokens (of one trajectory, or packed), R trained rows (the subset of T that carries loss), V local
-vocabulary shard, D hidden. `logits_TV` has T rows and V columns. A *weight* is a token's, a
-*parameter* the model's. All arrays are numpy; the trainer alone turns them into tensors.
+Legend of axes, written as suffixes: P prompts, G siblings of one prompt, S samples, M
+micro-batches, T tokens (of one trajectory, or packed), R trained rows (the subset of T that carries
+loss), V local vocabulary shard, D hidden. `logits_TV` has T rows and V columns. A *weight* is a
+token's, a *parameter* the model's. All arrays are numpy; the trainer alone turns them into tensors.
 
 A worked example, two assistant turns with one tool call between them:
 
@@ -12,7 +12,8 @@ A worked example, two assistant turns with one tool call between them:
     mask             0           |      1      |                 0                   |       1
     version         -1           |      7      |                -1                   |       7
 
-`mask` is 1 exactly for the tokens that the policy sampled. What follows the last turn is not in `ids`.
+`mask` is 1 exactly for the tokens that the policy sampled. What follows the last turn is not in
+`ids`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
+Reals = npt.NDArray[np.floating[Any]]
+"""float32 or float64."""
 SmallInts = npt.NDArray[np.int8]
 
 Message = Mapping[str, Any]
@@ -46,7 +49,8 @@ class Prompt:
     environment: str = "none"
     """Name in rest_mega.environments.ENVIRONMENTS: what answers this prompt's tool calls."""
     task: Mapping[str, Any] = field(default_factory=dict)
-    """For the environment and the rewards alone: initial state, gold calls, expected answer, kind."""
+    """For the environment and the rewards alone: initial state, gold calls, expected answer,
+    kind."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,11 @@ class Trajectory:
     """Policy version that sampled the token, -1 elsewhere."""
     turns: tuple[Turn, ...]
     stop: str
-    """answered | turn_limit | token_limit (a turn was cut off) | length (no room for another turn)."""
+    """answered | turn_limit | token_limit (a turn was cut off) | length (no room for another
+    turn)."""
     result: Mapping[str, Any] = field(default_factory=dict)
-    """The environment's verdict: {"success": bool, ...}; empty for environments that do not judge."""
+    """The environment's verdict: {"success": bool, ...}; empty for environments that do not
+    judge."""
 
 
 @dataclass(frozen=True)

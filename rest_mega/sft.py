@@ -20,10 +20,13 @@ INTERRUPTED = 130
 
 
 def run(config: RunConfig) -> int:
-    """Train on the assistant turns of `sft.data` for `run.steps` steps; evaluates at the end if prompts are given."""
+    """Train on the assistant turns of `sft.data` for `run.steps` steps; evaluates at the end if
+    prompts are given."""
     inputs = read_inputs(config, prompts=False)
     samples = read_samples(config, inputs)
-    session = open_session(config, inputs, total_steps=config.run.steps, rollouts=bool(inputs.held_out))
+    session = open_session(
+        config, inputs, total_steps=config.run.steps, rollouts=bool(inputs.held_out)
+    )
     try:
         return _loop(session, samples)
     finally:
@@ -31,7 +34,8 @@ def run(config: RunConfig) -> int:
 
 
 def read_samples(config: RunConfig, inputs: Inputs) -> list[Sample]:
-    """Every dialogue of `sft.data` as ids and mask; ConfigError for one that does not fit into a micro-batch."""
+    """Every dialogue of `sft.data` as ids and mask; ConfigError for one that does not fit into a
+    micro-batch."""
     require(bool(config.sft.data), "sft.data is empty; name a JSONL file of chat dialogues")
     samples = []
     for number, (messages, tools) in enumerate(load_dialogues(config.sft.data), start=1):
@@ -76,9 +80,15 @@ def _loop(s: Session, samples: list[Sample]) -> int:
         mine = step_indices(len(samples), config, step)[place.data_rank :: place.data_size]
         with s.reporter.phase("train"):
             result = s.trainer.supervised_step(s.trainer.pack([samples[i] for i in mine])[0])
-        metrics = {"train/loss": result.loss, "train/grad_norm": result.grad_norm, "train/lr": result.lr}
+        metrics = {
+            "train/loss": result.loss,
+            "train/grad_norm": result.grad_norm,
+            "train/lr": result.lr,
+        }
         last = step == config.run.steps
-        if s.inputs.held_out and (last or (config.evaluation.every and step % config.evaluation.every == 0)):
+        if s.inputs.held_out and (
+            last or (config.evaluation.every and step % config.evaluation.every == 0)
+        ):
             with s.reporter.phase("evaluate"):
                 publish(s.exporter, s.engine, step)
                 metrics |= held_out(s)
@@ -98,7 +108,13 @@ def _save(s: Session, step: int) -> None:
 def _finish(s: Session) -> None:
     run_dir = Path(s.config.run.dir)
     if s.config.run.export and s.place.data_rank == 0:
-        save_hf(s.exporter, s.inputs.architecture, s.config.model.path, run_dir / "hf", write=s.place.is_head)
+        save_hf(
+            s.exporter,
+            s.inputs.architecture,
+            s.config.model.path,
+            run_dir / "hf",
+            write=s.place.is_head,
+        )
     if s.place.is_head:
         write_report(run_dir)
         s.reporter.event("done", summary_line(run_dir))

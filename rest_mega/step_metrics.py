@@ -1,4 +1,5 @@
-"""What a training step reports: metrics of rollouts, credit and optimizer steps, and rows for the report."""
+"""What a training step reports: metrics of rollouts, credit and optimizer steps, and rows for the
+report."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from rest_mega.credit.advantages import advantages
 from rest_mega.credit.regions import tag_trajectory
 from rest_mega.data.tokenizer import Tokenizer
 from rest_mega.dialects import Region
-from rest_mega.records import Floats, StepResult, Trajectory
+from rest_mega.records import Floats, Reals, StepResult, Trajectory
 
 STOPS = ("answered", "turn_limit", "token_limit", "length")
 
@@ -24,8 +25,8 @@ class RolloutView:
     """One lead's rollouts of a step; empty on other ranks."""
 
     groups: Sequence[Sequence[Trajectory]] = ()
-    rewards_PG: Floats = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
-    parts: Mapping[str, Floats] = field(default_factory=dict)
+    rewards_PG: Reals = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
+    parts: Mapping[str, Reals] = field(default_factory=dict)
     dropped: int = 0
     credit: CreditConfig = field(default_factory=CreditConfig)
     dialect: str = "hermes"
@@ -39,7 +40,9 @@ class RolloutView:
         flat = [(p, g) for p, group in enumerate(self.groups) for g in range(len(group))][:count]
         return [self._row(p, g, float(advantages_PG[p, g]), tokenizer, raw_K) for p, g in flat]
 
-    def _row(self, p: int, g: int, advantage: float, tokenizer: Tokenizer, raw_K: Floats) -> dict[str, Any]:
+    def _row(
+        self, p: int, g: int, advantage: float, tokenizer: Tokenizer, raw_K: Floats
+    ) -> dict[str, Any]:
         t = self.groups[p][g]
         regions_T = tag_trajectory(t, self.dialect, tokenizer.token_bytes)
         weights_T = credit.normalise(raw_K, regions_T, t.mask_T, np.zeros_like(t.ids_T))
@@ -54,8 +57,14 @@ class RolloutView:
             "success": t.result.get("success"),
             "stop": t.stop,
             "tokens": [
-                [tokenizer.token_bytes(int(i)).decode("utf-8", "replace"), int(r), *_numbers(m, w, lp)]
-                for i, r, m, w, lp in zip(t.ids_T, regions_T, t.mask_T, weights_T, t.logprobs_T, strict=True)
+                [
+                    tokenizer.token_bytes(int(i)).decode("utf-8", "replace"),
+                    int(r),
+                    *_numbers(m, w, lp),
+                ]
+                for i, r, m, w, lp in zip(
+                    t.ids_T, regions_T, t.mask_T, weights_T, t.logprobs_T, strict=True
+                )
             ],
             "turns": [
                 {
@@ -69,7 +78,9 @@ class RolloutView:
 
 def _numbers(sampled: bool, weight: float, logprob: float) -> list[float | None]:
     """[weight, log-prob, entropy] of a token; the lead does not know entropies."""
-    return [round(float(weight), 4), round(float(logprob), 4), None] if sampled else [None, None, None]
+    return (
+        [round(float(weight), 4), round(float(logprob), 4), None] if sampled else [None, None, None]
+    )
 
 
 def rollout_metrics(view: RolloutView) -> dict[str, tuple[float, float]]:
@@ -83,7 +94,10 @@ def rollout_metrics(view: RolloutView) -> dict[str, tuple[float, float]]:
         "rollout/tokens": (float(sum(int(t.mask_T.sum()) for t in flat)), count),
         "rollout/length": (float(sum(len(t.ids_T) for t in flat)), count),
         "rollout/turns": (float(sum(len(t.turns) for t in flat)), count),
-        "rollout/malformed": (float(sum(not all(u.well_formed for u in t.turns) for t in flat)), count),
+        "rollout/malformed": (
+            float(sum(not all(u.well_formed for u in t.turns) for t in flat)),
+            count,
+        ),
         "groups/without_signal": (float(view.dropped), float(len(view.groups))),
         "rollout/negative_logprob": (
             -float(sum(t.logprobs_T.sum(dtype=np.float64) for t in flat)),
@@ -98,12 +112,18 @@ def rollout_metrics(view: RolloutView) -> dict[str, tuple[float, float]]:
     return sums
 
 
-def credit_metrics(sums_K: Floats, counts_K: Floats, raw_K: Floats, running_K: Floats) -> dict[str, float]:
-    """Per region: share of the trained tokens, mean entropy of the step, weight; and the variance-bound ratio."""
+def credit_metrics(
+    sums_K: Floats, counts_K: Floats, raw_K: Floats, running_K: Floats
+) -> dict[str, float]:
+    """Per region: share of the trained tokens, mean entropy of the step, weight; and the
+    variance-bound ratio."""
     trained = max(float(counts_K.sum()), 1.0)
     share_K = counts_K / trained
     mean = max(float((share_K * raw_K).sum()), 1e-12)
-    metrics = {"tokens/trained": float(counts_K.sum()), "entropy/policy": float(sums_K.sum()) / trained}
+    metrics = {
+        "tokens/trained": float(counts_K.sum()),
+        "entropy/policy": float(sums_K.sum()) / trained,
+    }
     for region in Region:
         if counts_K[region] > 0:
             metrics[f"share/{region.name}"] = float(share_K[region])
@@ -115,7 +135,8 @@ def credit_metrics(sums_K: Floats, counts_K: Floats, raw_K: Floats, running_K: F
 
 
 def step_metrics(results: Sequence[StepResult]) -> dict[str, float]:
-    """Loss, gradient norm and the objective's own metrics, averaged over the step's optimizer steps."""
+    """Loss, gradient norm and the objective's own metrics, averaged over the step's optimizer
+    steps."""
     metrics: dict[str, float] = {
         "train/loss": float(np.mean([r.loss for r in results])),
         "train/grad_norm": float(np.mean([r.grad_norm for r in results])),

@@ -1,4 +1,5 @@
-"""THE loop: prompts -> trajectories -> rewards -> samples -> scores -> weights -> step -> publish."""
+"""THE loop: prompts -> trajectories -> rewards -> samples -> scores -> weights -> step ->
+publish."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ INTERRUPTED = 130
 
 
 def run(config: RunConfig) -> int:
-    """Train with ResT until `run.steps`, from the newest checkpoint of the run directory; returns the exit code."""
+    """Train with ResT until `run.steps`, from the newest checkpoint of the run directory; returns
+    the exit code."""
     inputs = read_inputs(config, prompts=True)
     total = config.run.steps * config.loss.optimizer_steps
     session = open_session(config, inputs, total_steps=total, rollouts=True)
@@ -70,7 +72,8 @@ class Loop:
         return every > 0 and self.step % every == 0
 
     def _train_step(self) -> bool:
-        """One rollout batch and its optimizer steps; False when a stop was asked for, the step then not begun."""
+        """One rollout batch and its optimizer steps; False when a stop was asked for, the step then
+        not begun."""
         s, config, step = self.s, self.config, self.step + 1
         cursor = self.stream.state()
         with s.reporter.phase("rollout"):
@@ -86,18 +89,28 @@ class Loop:
             sums_K, counts_K = s.trainer.region_sums(parts, scores, len(Region))
             self.entropy.update(sums_K, counts_K)
         progress = step / config.run.steps
-        raw_K = credit.region_weights(config.credit, self.entropy.means_K, progress=progress, step=step)
-        weights = [[credit.normalise(raw_K, b.regions_T, b.mask_T, b.sample_T) for b in part] for part in parts]
+        raw_K = credit.region_weights(
+            config.credit, self.entropy.means_K, progress=progress, step=step
+        )
+        weights = [
+            [credit.normalise(raw_K, b.regions_T, b.mask_T, b.sample_T) for b in part]
+            for part in parts
+        ]
         with s.reporter.phase("train"):
             results = [s.trainer.step(*part) for part in zip(parts, scores, weights, strict=True)]
-        metrics = step_metrics(results) | credit_metrics(sums_K, counts_K, raw_K, self.entropy.means_K)
+        metrics = step_metrics(results) | credit_metrics(
+            sums_K, counts_K, raw_K, self.entropy.means_K
+        )
         metrics |= self.place.merge(rollout_metrics(view))
         self.step = step
-        s.reporter.step(step, metrics, view.rows(s.inputs.tokenizer, raw_K, config.telemetry.trajectories))
+        s.reporter.step(
+            step, metrics, view.rows(s.inputs.tokenizer, raw_K, config.telemetry.trajectories)
+        )
         return True
 
     def _my_prompts(self) -> list[Prompt]:
-        """This replica's share of the step's prompts: whole groups, every rank draws the same stream."""
+        """This replica's share of the step's prompts: whole groups, every rank draws the same
+        stream."""
         prompts = self.stream.next(self.config.rollout.prompts_per_step)
         return prompts[self.place.data_rank :: self.place.data_size]
 
@@ -115,9 +128,15 @@ class Loop:
             return None, view
         rewards_PG, parts = s.inputs.rubric(groups)
         kept, dropped = assign(
-            groups, rewards_PG, config.credit, config.tokenizer.dialect, s.inputs.tokenizer.token_bytes
+            groups,
+            rewards_PG,
+            config.credit,
+            config.tokenizer.dialect,
+            s.inputs.tokenizer.token_bytes,
         )
-        view = RolloutView(groups, rewards_PG, parts, dropped, config.credit, config.tokenizer.dialect, step)
+        view = RolloutView(
+            groups, rewards_PG, parts, dropped, config.credit, config.tokenizer.dialect, step
+        )
         return [sample for group in kept for sample in group], view
 
     def _publish(self) -> None:
@@ -133,17 +152,27 @@ class Loop:
             self.s.reporter.step(self.step, metrics, [])
 
     def _save(self) -> None:
-        state = run_state(self.s, prompts=self.stream.state(), entropy=self.entropy.state(), version=self.step)
+        state = run_state(
+            self.s, prompts=self.stream.state(), entropy=self.entropy.state(), version=self.step
+        )
         run = self.config.run
         with self.s.reporter.phase("save"):
-            folder = checkpoint.save(self.s.trainer, Path(run.dir), self.step, state, run.keep_checkpoints)
+            folder = checkpoint.save(
+                self.s.trainer, Path(run.dir), self.step, state, run.keep_checkpoints
+            )
         self.s.reporter.event("checkpoint", f"saved {folder}")
 
     def _finish(self) -> None:
         """Export, report, and the one line that says what came of it."""
         run_dir, model = Path(self.config.run.dir), self.config.model.path
         if self.config.run.export and self.place.data_rank == 0:
-            save_hf(self.s.exporter, self.s.inputs.architecture, model, run_dir / "hf", write=self.place.is_head)
+            save_hf(
+                self.s.exporter,
+                self.s.inputs.architecture,
+                model,
+                run_dir / "hf",
+                write=self.place.is_head,
+            )
         if self.place.is_head:
             write_report(run_dir)
             self.s.reporter.event("done", summary_line(run_dir))

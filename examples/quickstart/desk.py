@@ -1,8 +1,9 @@
-"""The quick-start's environment "desk": a calculator, unit conversion, a stock of items, and a calendar.
+"""The quick-start's environment "desk": a calculator, unit conversion, a stock of items, and a
+calendar.
 
-The tools compute and keep state. An episode succeeds when its stock and calendar end as the task's own
-calls would leave them, the answer names the right number, and no tool failed. How the model
-got there, and in which words it answers, does not matter.
+The tools compute and keep state. An episode succeeds when its stock and calendar end as the task's
+own calls would leave them, the answer names the right number, and no tool failed. How the model got
+there, and in which words it answers, does not matter.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Desk(ToolEnvironment):
     """The state of one episode: counts of items, and who is booked when."""
 
     def __init__(self, task: Mapping[str, Any]) -> None:
-        """`task` holds "stock" {item: count}, "free" {"person day": first free hour}, "calls" and "answer"."""
+        """`task` holds "stock" {item: count}, "free" {"person day": first free hour}, "calls" and
+        "answer"."""
         super().__init__(task)
         self.stock: dict[str, int] = dict(task["stock"])
         self.booked: dict[str, int] = {}
@@ -151,7 +153,8 @@ def said(answer: str) -> float | None:
 
 
 def _value(node: ast.expr) -> int | float:
-    """The value of an arithmetic tree; ValueError for anything that is not arithmetic on plain numbers."""
+    """The value of an arithmetic tree; ValueError for anything that is not arithmetic on plain
+    numbers."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value  # type: ignore[return-value]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):

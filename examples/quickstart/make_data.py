@@ -1,4 +1,5 @@
-"""Writes the quick-start's data: prompts to train on, held-out prompts, and dialogues for the warm start.
+"""Writes the quick-start's data: prompts to train on, held-out prompts, and dialogues for the warm
+start.
 
     python examples/quickstart/make_data.py --out runs/quickstart/data --seed 0
 
@@ -71,7 +72,8 @@ def prompts(seed: str, count: int, *, held_out: bool) -> Iterator[dict[str, Any]
 
 
 def dialogue(task: Any, turns: Any, answer: int) -> dict[str, Any]:
-    """The conversation in which an assistant makes these calls and answers; the tools really answer."""
+    """The conversation in which an assistant makes these calls and answers; the tools really
+    answer."""
     desk = make_environment("desk", record(task))
     messages: list[dict[str, Any]] = [{"role": "user", "content": task.question}]
     for calls in turns:
@@ -105,7 +107,14 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
 
 
-def write(out: Path, *, seed: int, train: int = TRAIN, held_out: int = HELD_OUT, dialogues: int = DIALOGUES) -> None:
+def write(
+    out: Path,
+    *,
+    seed: int,
+    train: int = TRAIN,
+    held_out: int = HELD_OUT,
+    dialogues: int = DIALOGUES,
+) -> None:
     """The three files; another seed draws other tasks, but held-out combinations stay held out."""
     _write(out / "train.jsonl", prompts(f"train {seed}", train, held_out=False))
     _write(out / "held_out.jsonl", prompts(f"held out {seed}", held_out, held_out=True))
@@ -114,8 +123,12 @@ def write(out: Path, *, seed: int, train: int = TRAIN, held_out: int = HELD_OUT,
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for train, held_out and dialogues .jsonl")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for train, held_out and dialogues .jsonl"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other tasks")
     arguments = parser.parse_args()
     write(arguments.out, seed=arguments.seed)

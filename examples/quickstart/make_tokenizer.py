@@ -1,9 +1,10 @@
-"""Writes tokenizer/: a byte-level BPE of 600-odd entries, trained on the quick-start's own dialogues.
+"""Writes tokenizer/: a byte-level BPE of 600-odd entries, trained on the quick-start's own
+dialogues.
 
     python examples/quickstart/make_tokenizer.py
 
-Words carry no space and digits come in pairs, so that a word or a number of up to two digits is one and
-the same token in a question, in JSON and in a tool's output: a tiny model learns to copy it.
+Words carry no space and digits come in pairs, so that a word or a number of up to two digits is one
+and the same token in a question, in JSON and in a tool's output: a tiny model learns to copy it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def main() -> None:
         "clean_up_tokenization_spaces": False,
         "chat_template": template,
     }
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The kinds of task of the quick-start, and the flaws of the assistant who demonstrates them.
 
-A kind draws the values of one task; its `turns` are the calls of each assistant turn. Where a kind has a
-flaw, a flawed demonstration follows `flawed` instead: always the same slip, so that a model that
-imitates it most of the time is greedy for the slip, and only success tells it better.
+A kind draws the values of one task; its `turns` are the calls of each assistant turn. Where a kind
+has a flaw, a flawed demonstration follows `flawed` instead: always the same slip, so that a model
+that imitates it most of the time is greedy for the slip, and only success tells it better.
 """
 
 from __future__ import annotations
@@ -17,10 +17,31 @@ from typing import Any
 Call = tuple[str, dict[str, Any]]
 Turns = tuple[tuple[Call, ...], ...]
 
-ITEMS = ("apple", "bean", "corn", "egg", "fig", "kiwi", "lime", "milk", "nut", "oat", "pear", "plum", "rice", "soap")
+ITEMS = (
+    "apple",
+    "bean",
+    "corn",
+    "egg",
+    "fig",
+    "kiwi",
+    "lime",
+    "milk",
+    "nut",
+    "oat",
+    "pear",
+    "plum",
+    "rice",
+    "soap",
+)
 PEOPLE = ("Ann", "Bob", "Cid", "Dan", "Eve", "Fay", "Gus", "Ida")
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-CONVERSIONS = (("m", "cm", 100), ("km", "m", 1000), ("kg", "g", 1000), ("h", "min", 60), ("min", "s", 60))
+CONVERSIONS = (
+    ("m", "cm", 100),
+    ("km", "m", 1000),
+    ("kg", "g", 1000),
+    ("h", "min", 60),
+    ("min", "s", 60),
+)
 
 
 @dataclass(frozen=True)
@@ -39,11 +60,16 @@ class Task:
     @property
     def calls(self) -> list[dict[str, Any]]:
         """The right calls in order, as the rewards know them."""
-        return [{"name": name, "arguments": arguments} for turn in self.turns for name, arguments in turn]
+        return [
+            {"name": name, "arguments": arguments}
+            for turn in self.turns
+            for name, arguments in turn
+        ]
 
     @property
     def digest(self) -> int:
-        """A number that depends on kind, calls and answer alone: the same combination, the same number."""
+        """A number that depends on kind, calls and answer alone: the same combination, the same
+        number."""
         text = json.dumps([self.kind, self.calls, self.answer])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
@@ -59,14 +85,18 @@ def calculate(rng: random.Random) -> Task:
     sign, word = rng.choice((("+", "plus"), ("-", "minus")))
     question = rng.choice((f"What is {a} {word} {b}?", f"Work out {a} {word} {b}."))
     answer = a + b if sign == "+" else a - b
-    return Task("calculate", question, ((("calculator", {"expression": f"{a}{sign}{b}"}),),), answer)
+    return Task(
+        "calculate", question, ((("calculator", {"expression": f"{a}{sign}{b}"}),),), answer
+    )
 
 
 def convert(rng: random.Random) -> Task:
     """One conversion of units; the slip: the units swapped."""
     value = rng.randint(10, 99)
     unit, to, factor = rng.choice(CONVERSIONS)
-    question = rng.choice((f"How many {to} are {value} {unit}?", f"Convert {value} {unit} to {to}."))
+    question = rng.choice(
+        (f"How many {to} are {value} {unit}?", f"Convert {value} {unit} to {to}.")
+    )
     flawed = (((_convert(value, to, unit),),), value)
     return Task("convert", question, ((_convert(value, unit, to),),), value * factor, flawed=flawed)
 
@@ -125,9 +155,13 @@ def weigh(rng: random.Random) -> Task:
     stock, (item, _) = _stock(rng)
     value = rng.randint(10, 99)
     unit, to, factor = rng.choice(CONVERSIONS)
-    question = rng.choice((f"Set {item} to {value} {unit} in {to}.", f"Note {value} {unit} of {item} in {to}."))
+    question = rng.choice(
+        (f"Set {item} to {value} {unit} in {to}.", f"Note {value} {unit} of {item} in {to}.")
+    )
     turns = ((_convert(value, unit, to),), (_set(item, value * factor),))
-    return Task("weigh", question, turns, value * factor, stock, flawed=(((_set(item, value),),), value))
+    return Task(
+        "weigh", question, turns, value * factor, stock, flawed=(((_set(item, value),),), value)
+    )
 
 
 def meet(rng: random.Random) -> Task:

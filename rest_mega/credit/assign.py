@@ -1,4 +1,5 @@
-"""Rewards of groups -> samples for the trainer: regions of every token, one advantage per trajectory."""
+"""Rewards of groups -> samples for the trainer: regions of every token, one advantage per
+trajectory."""
 
 from __future__ import annotations
 
@@ -7,19 +8,20 @@ from collections.abc import Callable, Sequence
 from rest_mega.config import CreditConfig
 from rest_mega.credit.advantages import advantages, has_signal
 from rest_mega.credit.regions import tag_trajectory
-from rest_mega.records import Floats, Sample, Trajectory
+from rest_mega.records import Reals, Sample, Trajectory
 
 
 def assign(
     groups: Sequence[Sequence[Trajectory]],
-    rewards_PG: Floats,
+    rewards_PG: Reals,
     config: CreditConfig,
     dialect: str,
     token_bytes: Callable[[int], bytes],
 ) -> tuple[list[list[Sample]], int]:
     """(samples of the kept groups, number of groups whose equal rewards carry no signal).
 
-    Groups without signal are left out when `config.drop_equal_groups`; otherwise their advantages are 0.
+    Groups without signal are left out when `config.drop_equal_groups`; otherwise their advantages
+    are 0.
     """
     advantages_PG, signal_P = advantages(rewards_PG, config.advantage), has_signal(rewards_PG)
     kept = [
@@ -30,7 +32,9 @@ def assign(
     return kept, int((~signal_P).sum())
 
 
-def _sample(trajectory: Trajectory, advantage: float, dialect: str, token_bytes: Callable[[int], bytes]) -> Sample:
+def _sample(
+    trajectory: Trajectory, advantage: float, dialect: str, token_bytes: Callable[[int], bytes]
+) -> Sample:
     return Sample(
         ids_T=trajectory.ids_T,
         mask_T=trajectory.mask_T,

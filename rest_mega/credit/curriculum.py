@@ -1,8 +1,8 @@
 """Region and progress -> prior weight kappa: pure schedules, by the name of the preset.
 
 Source: ResT (arXiv 2509.21826), curriculum: a constant for names, a falling line for the format,
-rising lines for arguments and reasoning. The paper's coefficients are not known; those of `rest-code`
-are the constants of the authors' code, the others are ours.
+rising lines for arguments and reasoning. The paper's coefficients are not known; those of
+`rest-code` are the constants of the authors' code, the others are ours.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def _shift(rising: tuple[Region, ...], falling: tuple[Region, ...]) -> dict[Regi
 
 CURRICULA: Mapping[str, Curriculum] = MappingProxyType(
     {
-        # First learn the form of a call, then what to put into it. END_OF_TURN and MALFORMED stay at 1.
+        # First learn the form of a call, then what to put into it. END_OF_TURN and MALFORMED stay
+        # at 1.
         "rest": Curriculum(
             _shift(
                 rising=(Region.REASONING, Region.ANSWER, Region.ARG_KEY, Region.ARG_VALUE),
@@ -61,7 +62,10 @@ CURRICULA: Mapping[str, Curriculum] = MappingProxyType(
         ),
         # The paper's form; all regions equal at nu = 0, where the weights are Eq. 9 alone.
         "rest-paper": Curriculum(
-            {Region.FORMAT: Line(1.0, -0.5), **dict.fromkeys((*ARGUMENTS, Region.REASONING), Line(1.0, 0.5))}
+            {
+                Region.FORMAT: Line(1.0, -0.5),
+                **dict.fromkeys((*ARGUMENTS, Region.REASONING), Line(1.0, 0.5)),
+            }
         ),
         "rest-code": Curriculum(
             {
@@ -79,13 +83,17 @@ CURRICULA: Mapping[str, Curriculum] = MappingProxyType(
 
 
 def prior(preset: str, progress: float, step: int) -> Floats:
-    """kappa_K of every region at `progress` = nu in [0, 1] and `step` counted from 1; 0 for OBSERVATION.
+    """kappa_K of every region at `progress` = nu in [0, 1] and `step` counted from 1; 0 for
+    OBSERVATION.
 
     Raises ConfigError on an unknown preset.
     """
     one_of("credit.preset", preset, CURRICULA)
     curriculum = CURRICULA[preset]
     x = float(step) if curriculum.in_steps else progress
-    kappa_K = np.array([curriculum.lines.get(region, curriculum.others).at(x) for region in Region], dtype=np.float32)
+    kappa_K = np.array(
+        [curriculum.lines.get(region, curriculum.others).at(x) for region in Region],
+        dtype=np.float32,
+    )
     kappa_K[Region.OBSERVATION] = 0.0
     return kappa_K

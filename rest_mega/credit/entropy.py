@@ -19,8 +19,8 @@ class EntropyTracker:
     """Running mean of each region's entropy in nats, K = len(Region).
 
     `mean <- momentum * mean + (1 - momentum) * mean of this step`, from the first step that has the
-    region's tokens; a step without them leaves it. A region not seen yet counts as the average of those
-    seen, so that the entropy rule neither favours nor starves it.
+    region's tokens; a step without them leaves it. A region not seen yet counts as the average of
+    those seen, so that the entropy rule neither favours nor starves it.
     """
 
     def __init__(self, momentum: float) -> None:
@@ -30,7 +30,8 @@ class EntropyTracker:
         self._means_K = np.full(len(Region), np.nan)
 
     def update(self, sum_K: Floats, count_K: Floats) -> None:
-        """Add a step: the sum of the entropies and the number of its trained tokens, by region, over all ranks.
+        """Add a step: the sum of the entropies and the number of its trained tokens, by region,
+        over all ranks.
 
         Sums that are not finite (a step that blew up) are left out.
         """
@@ -60,4 +61,6 @@ class EntropyTracker:
             f"the checkpoint has entropies of {len(means)} regions, this version {len(Region)}: "
             "resume it with the version that wrote it, or start anew",
         )
-        self._means_K = np.array([np.nan if mean is None else mean for mean in means], dtype=np.float64)
+        self._means_K = np.array(
+            [np.nan if mean is None else mean for mean in means], dtype=np.float64
+        )

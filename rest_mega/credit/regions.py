@@ -1,4 +1,5 @@
-"""Sampled ids -> one region per token, from the bytes of the tokens as they were sampled, in linear time."""
+"""Sampled ids -> one region per token, from the bytes of the tokens as they were sampled, in linear
+time."""
 
 from __future__ import annotations
 
@@ -22,8 +23,10 @@ PRIORITY = (
     Region.END_OF_TURN,
     Region.OBSERVATION,
 )
-"""A token that overlaps several regions takes the first of them here. Weights change from step to step and
-are unknown when tokens are tagged; this is the order of the authors' constants (up to their step 200)."""
+"""A token that overlaps several regions takes the first of them here. Weights change from step to
+step and are unknown when tokens are tagged; this is the order of the authors' constants (up to
+their step
+200)."""
 
 _REGION_OF_RANK = np.array(PRIORITY[::-1], dtype=np.int8)
 _RANK_OF_REGION = np.argsort(_REGION_OF_RANK).astype(np.int8)
@@ -43,17 +46,18 @@ def tag(token_bytes: Sequence[bytes], dialect: str, *, end_of_turn: bool = False
     return regions_T
 
 
-def tag_trajectory(trajectory: Trajectory, dialect: str, token_bytes: Callable[[int], bytes]) -> SmallInts:
-    """Regions of all tokens of an episode -> regions_T; OBSERVATION wherever the policy did not sample.
+def tag_trajectory(
+    trajectory: Trajectory, dialect: str, token_bytes: Callable[[int], bytes]
+) -> SmallInts:
+    """Regions of all tokens of an episode -> regions_T; OBSERVATION wherever the policy did not
+    sample.
 
-    Every turn ends with its end-of-turn token, but the last one of a trajectory that stopped at the
-    token limit.
+    A turn's last token is its end-of-turn token, unless a limit cut the turn off.
     """
     regions_T = np.full(len(trajectory.ids_T), Region.OBSERVATION, dtype=np.int8)
     for turn in trajectory.turns:
-        cut_off = trajectory.stop == "token_limit" and turn is trajectory.turns[-1]
         tokens = [token_bytes(i) for i in trajectory.ids_T[turn.start : turn.end].tolist()]
-        regions_T[turn.start : turn.end] = tag(tokens, dialect, end_of_turn=not cut_off)
+        regions_T[turn.start : turn.end] = tag(tokens, dialect, end_of_turn=turn.ended)
     regions_T[~trajectory.mask_T] = Region.OBSERVATION
     return regions_T
 
@@ -63,7 +67,9 @@ def _strongest(regions_B: SmallInts, tokens: Sequence[bytes]) -> SmallInts:
     if not tokens:
         return np.zeros(0, dtype=np.int8)
     starts_T = np.zeros(len(tokens), dtype=np.int64)
-    np.cumsum(np.fromiter(map(len, tokens[:-1]), dtype=np.int64, count=len(tokens) - 1), out=starts_T[1:])
+    np.cumsum(
+        np.fromiter(map(len, tokens[:-1]), dtype=np.int64, count=len(tokens) - 1), out=starts_T[1:]
+    )
     # One byte more, for tokens without bytes at the very end.
     last = regions_B[-1:] if len(regions_B) else np.array([Region.ANSWER], dtype=np.int8)
     ranks_B = _RANK_OF_REGION.take(np.concatenate([regions_B, last]))

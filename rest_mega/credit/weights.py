@@ -1,9 +1,10 @@
-"""Regions, entropies and curriculum -> a weight per token: tempered, clipped, mean one over trained tokens.
+"""Regions, entropies and curriculum -> a weight per token: tempered, clipped, mean one over trained
+tokens.
 
-Source: ResT (arXiv 2509.21826), Eq. 9 and its variance bound: with beta_t = 1 - exp(-H_t) bounding the
-squared score, Var(g) <= E[A^2] sum_t beta_t w_t^2, which weights proportional to 1 / beta_t minimise.
-Floor, tempering and clipping are ours: untempered, regions of low entropy take nearly all the gradient.
-Weighted gradients are no unbiased estimate of the policy gradient.
+Source: ResT (arXiv 2509.21826), Eq. 9 and its variance bound: with beta_t = 1 - exp(-H_t) bounding
+the squared score, Var(g) <= E[A^2] sum_t beta_t w_t^2, which weights proportional to 1 / beta_t
+minimise. Floor, tempering and clipping are ours: untempered, regions of low entropy take nearly all
+the gradient. Weighted gradients are no unbiased estimate of the policy gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ RULES: Mapping[str, Callable[[Floats], Floats]] = MappingProxyType(
         "entropy": lambda entropy_K: entropy_K,
     }
 )
-"""What a raw weight divides by (to the power tau): the bound 1 - exp(-H), or Eq. 9's second form, H itself."""
+"""What a raw weight divides by (to the power tau): the bound 1 - exp(-H), or Eq. 9's second form, H
+itself."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,26 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "uniform": Preset(),
     }
 )
-"""rest: every region trained, the entropies tempered. rest-paper: Eq. 9 as it stands. rest-code: the constants
-of the authors' code, zero outside their regions. uniform: plain GRPO."""
+"""rest: every region trained, the entropies tempered. rest-paper: Eq. 9 as it stands. rest-code:
+the constants of the authors' code, zero outside their regions. uniform: plain GRPO."""
 
 
-def region_weights(config: CreditConfig, entropy_K: Floats, *, progress: float, step: int) -> Floats:
-    """raw_K = clip(kappa_K(nu) * d(max(H_K, h0)) ** -tau, w_min, w_max), d by the preset's rule; 0 for OBSERVATION.
+def region_weights(
+    config: CreditConfig, entropy_K: Floats, *, progress: float, step: int
+) -> Floats:
+    """raw_K = clip(kappa_K(nu) * d(max(H_K, h0)) ** -tau, w_min, w_max), d by the preset's rule; 0
+    for OBSERVATION.
 
-    `entropy_K` in nats; `progress` = nu in [0, 1]; `step` counts from 1. What `config` sets stands in
-    for the preset's own value. Raises ConfigError on an unknown preset and on values out of range.
+    `entropy_K` in nats; `progress` = nu in [0, 1]; `step` counts from 1. What `config` sets stands
+    in for the preset's own value. Raises ConfigError on an unknown preset and on values out of
+    range.
     """
     one_of("credit.preset", config.preset, PRESETS)
     preset = _settle(config, PRESETS[config.preset])
     kappa_K = prior(config.preset, progress, step)
-    raw_K: Floats = np.clip(kappa_K * informed(entropy_K, preset), preset.w_min, preset.w_max).astype(np.float32)
+    raw_K: Floats = np.clip(
+        kappa_K * informed(entropy_K, preset), preset.w_min, preset.w_max
+    ).astype(np.float32)
     raw_K[Region.OBSERVATION] = 0.0
     return raw_K
 
@@ -79,10 +87,11 @@ def informed(entropy_K: Floats, preset: Preset) -> Floats:
 def normalise(
     raw_K: Floats, regions_T: SmallInts, mask_T: Bools, sample_T: Ints, *, over_zeros: bool = False
 ) -> Floats:
-    """weights_T of packed tokens: the raw weight of each token's region, mean one in every sequence; 0 off the mask.
+    """weights_T of packed tokens: the raw weight of each token's region, mean one in every
+    sequence; 0 off the mask.
 
-    `sample_T`: the sequence of every token, -1 for padding. The mean is over the trained tokens (mask
-    True) of positive raw weight, which are all of them in every preset but `rest-code`; with
+    `sample_T`: the sequence of every token, -1 for padding. The mean is over the trained tokens
+    (mask True) of positive raw weight, which are all of them in every preset but `rest-code`; with
     `over_zeros` it is over all trained tokens, as in the paper's formula. A sequence whose trained
     tokens all have raw weight 0 keeps weight 0.
     """
@@ -96,10 +105,11 @@ def normalise(
 
 
 def variance_bound_ratio(entropy_K: Floats, share_K: Floats) -> float:
-    """Variance bound at the optimal weights over the bound at uniform ones: HM(beta) / AM(beta), in [0, 1].
+    """Variance bound at the optimal weights over the bound at uniform ones: HM(beta) / AM(beta), in
+    [0, 1].
 
-    beta = 1 - exp(-H); `share_K` weighs the regions, in any unit (token counts will do). 1 when there
-    is nothing to gain: no tokens, or no entropy anywhere.
+    beta = 1 - exp(-H); `share_K` weighs the regions, in any unit (token counts will do). 1 when
+    there is nothing to gain: no tokens, or no entropy anywhere.
     """
     present_K = np.asarray(share_K) > 0
     part_K = np.asarray(share_K, dtype=np.float64)[present_K]
@@ -125,14 +135,19 @@ def _settle(config: CreditConfig, preset: Preset) -> Preset:
         w_min=either(config.w_min, preset.w_min),
         w_max=either(config.w_max, preset.w_max),
     )
-    require(settled.tau >= 0, f"credit.tau={settled.tau} must not be negative; 0 switches the entropy rule off")
+    require(
+        settled.tau >= 0,
+        f"credit.tau={settled.tau} must not be negative; 0 switches the entropy rule off",
+    )
     require(
         settled.tau == 0 or settled.entropy_floor > 0,
-        f"credit.entropy_floor={settled.entropy_floor} must be positive where credit.tau={settled.tau} is: "
+        f"credit.entropy_floor={settled.entropy_floor} must be positive where "
+        f"credit.tau={settled.tau} is: "
         "a region without entropy would get an infinite weight; try 0.05",
     )
     require(
         0 <= settled.w_min <= settled.w_max,
-        f"credit.w_min={settled.w_min} and credit.w_max={settled.w_max} must satisfy 0 <= w_min <= w_max",
+        f"credit.w_min={settled.w_min} and credit.w_max={settled.w_max} must satisfy 0 <= w_min "
+        "<= w_max",
     )
     return settled

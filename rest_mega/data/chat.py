@@ -1,4 +1,5 @@
-"""Messages, tool results and whole dialogues -> token ids, by the tokenizer's own Jinja chat template.
+"""Messages, tool results and whole dialogues -> token ids, by the tokenizer's own Jinja chat
+template.
 
 A dialogue grows by appending: what the policy sampled is never rendered again. A turn ends with an
 end-of-turn token, and what the template writes between that token and the next sampled one (tool
@@ -20,7 +21,8 @@ from rest_mega.data.tokenizer import Tokenizer
 from rest_mega.records import Message
 
 REPLY, RESULT = "REPLY0REPLY", "RESULT0RESULT"
-"""Stand-ins that are looked for in a rendering; the first occurrence counts, so no content can shift a cut."""
+"""Stand-ins that are looked for in a rendering; the first occurrence counts, so no content can
+shift a cut."""
 REMEDY = "set tokenizer.chat_template=hermes, or to a Jinja file of your own"
 
 
@@ -32,30 +34,38 @@ class ChatFormat:
         require(bool(tokenizer.chat_template), f"the tokenizer has no chat template; {REMEDY}")
         self.tokenizer = tokenizer
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """Ids of a conversation up to the first token of the next assistant turn.
 
-        Raises ConfigError where the template refuses the messages or hides the tools from the model.
+        Raises ConfigError where the template refuses the messages or hides the tools from the
+        model.
         """
-        require(not tools or self._shows_tools, f"the chat template ignores `tools`: the model is not told; {REMEDY}")
+        require(
+            not tools or self._shows_tools,
+            f"the chat template ignores `tools`: the model is not told; {REMEDY}",
+        )
         return self.tokenizer.encode(self._render(messages, tools, header=True))
 
     def tool_result_ids(self, results: Sequence[tuple[str, str]]) -> list[int]:
-        """Ids between an assistant turn's end-of-turn token and the next assistant turn's first token.
+        """Ids between an assistant turn's end-of-turn token and the next assistant turn's first
+        token.
 
-        `results`: (tool name, content) of every call, in order. Raises ConfigError where the template
-        has no tool role.
+        `results`: (tool name, content) of every call, in order. Raises ConfigError where the
+        template has no tool role.
         """
         return self._delta([_tool_message(name, content) for name, content in results])
 
     def dialogue_ids(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[list[int], list[bool]]:
-        """A whole dialogue token for token as a rollout would have built it, and which tokens to train.
+        """A whole dialogue token for token as a rollout would have built it, and which tokens to
+        train.
 
-        The mask is True on assistant replies and their end-of-turn tokens; each reply is tokenised on its
-        own, as if sampled. The last message must be the assistant's, and no two of its messages adjacent.
-        Raises ValueError otherwise.
+        The mask is True on assistant replies and their end-of-turn tokens; each reply is tokenised
+        on its own, as if sampled. The last message must be the assistant's, and no two of its
+        messages adjacent. Raises ValueError otherwise.
         """
         turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         _check_turns(messages, turns)
@@ -68,12 +78,17 @@ class ChatFormat:
             mask += [False] * len(between) + [True] * len(reply)
         return ids, mask
 
-    def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, header: bool) -> str:
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, header: bool
+    ) -> str:
         from jinja2 import TemplateError
         from transformers.utils import chat_template_utils
 
-        render: Any = chat_template_utils.render_jinja_template  # its annotations contradict its documentation
-        # A content of null (OpenAI's form of a reply that only calls tools) breaks templates that concatenate.
+        render: Any = (
+            chat_template_utils.render_jinja_template
+        )  # its annotations contradict its documentation
+        # A content of null (OpenAI's form of a reply that only calls tools) breaks templates that
+        # concatenate.
         plain = [{**m, "content": m.get("content") or ""} for m in messages]
         try:
             rendered, _ = render(
@@ -85,7 +100,9 @@ class ChatFormat:
             )
         except (TemplateError, TypeError) as error:
             roles = ", ".join(str(m["role"]) for m in messages)
-            raise ConfigError(f"the chat template refuses the roles {roles}: {error}; {REMEDY}") from error
+            raise ConfigError(
+                f"the chat template refuses the roles {roles}: {error}; {REMEDY}"
+            ) from error
         return str(rendered[0])
 
     def _after_reply(self, messages: Sequence[Message], *, header: bool, **reply: Any) -> str:
@@ -97,22 +114,28 @@ class ChatFormat:
 
     def _delta(self, messages: Sequence[Message]) -> list[int]:
         tools = any(m["role"] == "tool" for m in messages)
-        require(not tools or self._shows_results, f"the chat template does not write tool results; {REMEDY}")
+        require(
+            not tools or self._shows_results,
+            f"the chat template does not write tool results; {REMEDY}",
+        )
         rest = self._after_reply(messages, header=True)
         require(
             rest.startswith(self._end_text),
-            f"after a reply amid a dialogue the chat template writes {rest[:20]!r}, not {self._end_text!r}; {REMEDY}",
+            f"after a reply amid a dialogue the chat template writes {rest[:20]!r}, not "
+            f"{self._end_text!r}; {REMEDY}",
         )
         return self._after_end(rest[len(self._end_text) :])
 
     def _after_end(self, text: str) -> list[int]:
-        """Ids of `text` where it follows an end-of-turn token: tokenizers treat the start of a text otherwise."""
+        """Ids of `text` where it follows an end-of-turn token: tokenizers treat the start of a text
+        otherwise."""
         ids = self.tokenizer.encode(self._end_text + text)
         assert ids[0] == self._end_id, (ids[0], self._end_id)
         return ids[1:]
 
     def _reply_text(self, message: Message) -> str:
-        """The reply's raw text: its content, then its structured calls as the template writes them."""
+        """The reply's raw text: its content, then its structured calls as the template writes
+        them."""
         content = str(message.get("content") or "")
         if not message.get("tool_calls"):
             return content
@@ -128,8 +151,10 @@ class ChatFormat:
         ends = [i for text, i in texts.items() if rest.startswith(text)]
         require(
             len(ends) > 0,
-            f"after a reply the chat template writes {rest[:20]!r}, which is none of the tokenizer's end-of-turn "
-            f"tokens {', '.join(texts)}; set tokenizer.chat_template to a Jinja file that ends a turn with one of them",
+            f"after a reply the chat template writes {rest[:20]!r}, which is none of the "
+            "tokenizer's end-of-turn "
+            f"tokens {', '.join(texts)}; set tokenizer.chat_template to a Jinja file that ends a "
+            "turn with one of them",
         )
         return ends[0]
 
@@ -139,7 +164,10 @@ class ChatFormat:
 
     @cached_property
     def _shows_tools(self) -> bool:
-        tool = {"type": "function", "function": {"name": RESULT, "description": "", "parameters": {}}}
+        tool = {
+            "type": "function",
+            "function": {"name": RESULT, "description": "", "parameters": {}},
+        }
         return RESULT in self._render([{"role": "user", "content": "?"}], [tool], header=True)
 
     @cached_property
@@ -154,7 +182,10 @@ def _tool_message(name: str, content: str) -> Message:
 
 def _check_turns(messages: Sequence[Message], turns: Sequence[int]) -> None:
     roles = ", ".join(str(m["role"]) for m in messages)
-    require(bool(turns) and turns[-1] == len(messages) - 1, f"roles {roles}: a dialogue must end with the assistant's")
+    require(
+        bool(turns) and turns[-1] == len(messages) - 1,
+        f"roles {roles}: a dialogue must end with the assistant's",
+    )
     require(turns[0] > 0, f"roles {roles}: a dialogue must not begin with the assistant")
     adjacent = any(b - a == 1 for a, b in itertools.pairwise(turns))
     require(not adjacent, f"roles {roles}: two assistant messages are adjacent; join them into one")

@@ -3,7 +3,8 @@
 Two forms of rows, told apart by their columns, in .jsonl, .json (one list) or .parquet files:
 
     ours     {"id", "messages", "tools"?, "environment"?, "task"?}
-    ToolRL   {"prompt", "reward_model": {"ground_truth"}, ...}; environment "none", the gold reply parsed into `task`
+    ToolRL   {"prompt", "reward_model": {"ground_truth"}, ...}; environment "none", the gold reply
+    parsed into `task`
 
 The first bad row ends the reading with ConfigError "path:line: value, rule, remedy" (in .json and
 .parquet files "path: row N", counted from 1).
@@ -41,7 +42,10 @@ class PromptStream:
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         """Raises ConfigError where there is no prompt."""
-        require(len(prompts) > 0, "there are no prompts to draw from; set data.train to a file that has some")
+        require(
+            len(prompts) > 0,
+            "there are no prompts to draw from; set data.train to a file that has some",
+        )
         self._prompts = prompts
         self._seed = seed
         self._seek(0, 0)
@@ -52,14 +56,21 @@ class PromptStream:
 
     def state(self) -> dict[str, int]:
         """Where the stream stands, as JSON can hold it."""
-        return {"seed": self._seed, "prompts": len(self._prompts), "epoch": self._epoch, "index": self._index}
+        return {
+            "seed": self._seed,
+            "prompts": len(self._prompts),
+            "epoch": self._epoch,
+            "index": self._index,
+        }
 
     def load(self, state: Mapping[str, int]) -> None:
-        """Go on where `state` was taken; ConfigError where seed or number of prompts differ from it."""
+        """Go on where `state` was taken; ConfigError where seed or number of prompts differ from
+        it."""
         for name, now in (("seed", self._seed), ("prompts", len(self._prompts))):
             require(
                 state[name] == now,
-                f"the checkpoint's prompt stream has {name}={state[name]}, this run has {name}={now}; "
+                f"the checkpoint's prompt stream has {name}={state[name]}, this run has "
+                f"{name}={now}; "
                 "give the same data.train and run.seed, or set run.fresh=true",
             )
         self._seek(state["epoch"], state["index"])
@@ -78,16 +89,20 @@ class PromptStream:
 def load_prompts(path: str | Path, system: str = "") -> list[Prompt]:
     """Every prompt of a file; `system` is put before prompts that carry no system message.
 
-    Raises ConfigError for a file that is missing, empty or of an unknown kind, and for the first bad row.
+    Raises ConfigError for a file that is missing, empty or of an unknown kind, and for the first
+    bad row.
     """
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
     for number, (place, row) in enumerate(_rows(Path(path)), start=1):
         toolrl = row.keys() >= TOOLRL_KEYS
-        prompt = _with_system(_toolrl_prompt(place, row, number) if toolrl else _prompt(place, row), system)
+        prompt = _with_system(
+            _toolrl_prompt(place, row, number) if toolrl else _prompt(place, row), system
+        )
         require(
             prompt.id not in places,
-            f"{place}: id={prompt.id!r} was used at {places.get(prompt.id)}; give every prompt an id of its own",
+            f"{place}: id={prompt.id!r} was used at {places.get(prompt.id)}; give every prompt "
+            "an id of its own",
         )
         places[prompt.id] = place
         prompts.append(prompt)
@@ -95,13 +110,17 @@ def load_prompts(path: str | Path, system: str = "") -> list[Prompt]:
 
 
 def load_dialogues(path: str | Path) -> list[Dialogue]:
-    """Every dialogue {"messages", "tools"?} of a file, in its order; errors as in `load_prompts`."""
+    """Every dialogue {"messages", "tools"?} of a file, in its order; errors as in
+    `load_prompts`."""
     return [_dialogue(place, row) for place, row in _rows(Path(path))]
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(place, row) of every row; an empty file is an error."""
-    require(path.is_file(), f"{str(path)!r} is not a file; give a .jsonl, .json or .parquet file of rows")
+    require(
+        path.is_file(),
+        f"{str(path)!r} is not a file; give a .jsonl, .json or .parquet file of rows",
+    )
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
     one_of(f"{path}: suffix", path.suffix, readers)
     found = False
@@ -121,7 +140,13 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     rows = _json(path.read_text(encoding="utf-8"), str(path))
-    _expect(isinstance(rows, list), str(path), "content", rows, "one list of rows; rename a file of lines to .jsonl")
+    _expect(
+        isinstance(rows, list),
+        str(path),
+        "content",
+        rows,
+        "one list of rows; rename a file of lines to .jsonl",
+    )
     yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -141,8 +166,14 @@ def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"{place}: not valid JSON at {where}: {error.msg}; mend or remove it") from error
+        where = (
+            f"column {error.colno}"
+            if error.lineno == 1
+            else f"line {error.lineno}, column {error.colno}"
+        )
+        raise ConfigError(
+            f"{place}: not valid JSON at {where}: {error.msg}; mend or remove it"
+        ) from error
 
 
 def _expect(condition: bool, place: str, key: str, value: object, rule: str) -> None:
@@ -154,16 +185,32 @@ def _known_keys(place: str, row: Mapping[str, Any], known: Sequence[str]) -> Non
     for key in row:
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        toolrl = " (a ToolRL row has both `prompt` and `reward_model`)" if key in TOOLRL_KEYS else ""
+        toolrl = (
+            " (a ToolRL row has both `prompt` and `reward_model`)" if key in TOOLRL_KEYS else ""
+        )
         require(key in known, f"{place}: unknown key {key!r}; {hint}{toolrl}")
 
 
 def _prompt(place: str, row: Mapping[str, Any]) -> Prompt:
     _known_keys(place, row, PROMPT_KEYS)
     name, environment, task = row.get("id"), row.get("environment", "none"), row.get("task", {})
-    _expect(isinstance(name, str) and bool(name), place, "id", name, 'a string that is not empty, such as "train-17"')
-    _expect(isinstance(environment, str), place, "environment", environment, "the name of a registered environment")
-    _expect(isinstance(task, dict), place, "task", task, "an object for the environment and the rewards")
+    _expect(
+        isinstance(name, str) and bool(name),
+        place,
+        "id",
+        name,
+        'a string that is not empty, such as "train-17"',
+    )
+    _expect(
+        isinstance(environment, str),
+        place,
+        "environment",
+        environment,
+        "the name of a registered environment",
+    )
+    _expect(
+        isinstance(task, dict), place, "task", task, "an object for the environment and the rewards"
+    )
     return Prompt(
         id=str(name),
         messages=_messages(place, "messages", row.get("messages"), last=("user", "tool")),
@@ -182,17 +229,29 @@ def _dialogue(place: str, row: Mapping[str, Any]) -> Dialogue:
 def _messages(place: str, key: str, messages: object, last: Sequence[str]) -> tuple[Message, ...]:
     """`messages` as checked OpenAI chat messages, the last of which has one of the roles `last`."""
     if not isinstance(messages, list) or not messages:
-        raise ConfigError(f'{place}: {key}={messages!r} must be a list of {{"role", "content"}} that is not empty')
+        raise ConfigError(
+            f'{place}: {key}={messages!r} must be a list of {{"role", "content"}} that is not empty'
+        )
     for number, message in enumerate(messages):
         name = f"{key}[{number}]"
         _expect(isinstance(message, dict), place, name, message, 'an object {"role", "content"}')
         role, content = message.get("role"), message.get("content")
         _expect(role in ROLES, place, f"{name}.role", role, f"one of {', '.join(ROLES)}")
         only_calls = content is None and bool(message.get("tool_calls"))
-        _expect(isinstance(content, str) or only_calls, place, f"{name}.content", content, "a string")
-        _expect(role != "system" or number == 0, place, f"{name}.role", role, "the first message, if any")
+        _expect(
+            isinstance(content, str) or only_calls, place, f"{name}.content", content, "a string"
+        )
+        _expect(
+            role != "system" or number == 0,
+            place,
+            f"{name}.role",
+            role,
+            "the first message, if any",
+        )
     role = messages[-1]["role"]
-    _expect(role in last, place, f"{key}[-1].role", role, f"{' or '.join(last)}, being the last one")
+    _expect(
+        role in last, place, f"{key}[-1].role", role, f"{' or '.join(last)}, being the last one"
+    )
     return tuple(messages)
 
 
@@ -211,16 +270,26 @@ def _with_system(prompt: Prompt, system: str) -> Prompt:
     if not system or prompt.messages[0]["role"] == "system":
         return prompt
     first: Message = {"role": "system", "content": system}
-    return Prompt(prompt.id, (first, *prompt.messages), prompt.tools, prompt.environment, prompt.task)
+    return Prompt(
+        prompt.id, (first, *prompt.messages), prompt.tools, prompt.environment, prompt.task
+    )
 
 
 def _toolrl_prompt(place: str, row: Mapping[str, Any], number: int) -> Prompt:
-    """ToolRL's columns: data_source, prompt, ability, reward_model, extra_info (arXiv 2504.13958, rlla_4k)."""
+    """ToolRL's columns: data_source, prompt, ability, reward_model, extra_info (arXiv 2504.13958,
+    rlla_4k)."""
     reward, extra = row["reward_model"], row.get("extra_info") or {}
     gold = reward.get("ground_truth") if isinstance(reward, dict) else None
-    _expect(isinstance(gold, str), place, "reward_model.ground_truth", gold, "the gold reply as a string")
+    _expect(
+        isinstance(gold, str),
+        place,
+        "reward_model.ground_truth",
+        gold,
+        "the gold reply as a string",
+    )
+    source, split = row.get("data_source", "toolrl"), extra.get("split", "row")
     return Prompt(
-        id=f"{row.get('data_source', 'toolrl')}-{extra.get('split', 'row')}-{extra.get('index', number)}",
+        id=f"{source}-{split}-{extra.get('index', number)}",
         messages=_messages(place, "prompt", row["prompt"], last=("user", "tool")),
         task=_toolrl_task(place, str(gold)),
     )
@@ -228,6 +297,16 @@ def _toolrl_prompt(place: str, row: Mapping[str, Any], number: int) -> Prompt:
 
 def _toolrl_task(place: str, gold: str) -> dict[str, Any]:
     reply = dialects.parse(gold.encode(), "toolrl")
-    _expect(reply.well_formed, place, "reward_model.ground_truth", gold, f"a reply in ToolRL's format ({reply.error})")
+    _expect(
+        reply.well_formed,
+        place,
+        "reward_model.ground_truth",
+        gold,
+        f"a reply in ToolRL's format ({reply.error})",
+    )
     calls = [{"name": call.name, "arguments": dict(call.arguments)} for call in reply.calls]
-    return {"ground_truth": gold, "calls": calls, "response": reply.answer if "<response>" in gold else None}
+    return {
+        "ground_truth": gold,
+        "calls": calls,
+        "response": reply.answer if "<response>" in gold else None,
+    }

@@ -1,9 +1,10 @@
-"""Hugging Face and SentencePiece tokenizers behind one protocol that also gives the bytes of every token.
+"""Hugging Face and SentencePiece tokenizers behind one protocol that also gives the bytes of every
+token.
 
 - `b"".join(map(token_bytes, encode(text))) == text.encode()` for every lossless tokenizer: a
-  byte-level BPE, or a SentencePiece model with byte fallback and identity normalisation, whose dummy
-  prefix (one space before the text) is the one exception: it is put where the model's authors put
-  it, at the start of a text and after the BOS token, and nowhere else.
+  byte-level BPE, or a SentencePiece model with byte fallback and identity normalisation, whose
+  dummy prefix (one space before the text) is the one exception: it is put where the model's authors
+  put it, at the start of a text and after the BOS token, and nowhere else.
 - `decode(ids)` is the UTF-8 reading of those bytes, so text, bytes and ids never disagree.
 - A Hugging Face tokenizer is read from its tokenizer.json alone: transformers' `AutoTokenizer` may
   pick a class that changes what the file says.
@@ -19,14 +20,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from rest_mega.config import ConfigError, require
+from rest_mega.config import require
 
 TEMPLATES = Path(__file__).parent / "templates"
-"""Chat templates shipped with the package; `tokenizer.chat_template` may be the bare name of one."""
+"""Chat templates shipped with the package; `tokenizer.chat_template` may be the bare name of
+one."""
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>")
 """Tokens that end an assistant turn wherever a vocabulary has them as special tokens."""
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-"""Appended to a serialised SentencePiece model: protobuf merges it as normalizer_spec.add_dummy_prefix = false."""
+"""Appended to a serialised SentencePiece model: protobuf merges it as
+normalizer_spec.add_dummy_prefix = false."""
 
 
 class Tokenizer(Protocol):
@@ -50,18 +53,21 @@ class Tokenizer(Protocol):
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
-        """bos_token, eos_token, pad_token, unk_token -> text, as far as they exist; templates use them."""
+        """bos_token, eos_token, pad_token, unk_token -> text, as far as they exist; templates use
+        them."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; adds nothing, and recognises special tokens written in the text."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The tokens' bytes as UTF-8 text, special tokens included; what is no UTF-8 becomes U+FFFD."""
+        """The tokens' bytes as UTF-8 text, special tokens included; what is no UTF-8 becomes
+        U+FFFD."""
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that this token stands for; of a special token its literal text.
 
-        Models pad their vocabulary, and an untrained row of the padding can be sampled: it stands for no bytes.
+        Models pad their vocabulary, and an untrained row of the padding can be sampled: it stands
+        for no bytes.
         """
 
 
@@ -112,12 +118,14 @@ class _Vocabulary:
 def load_tokenizer(path: str | Path, chat_template: str = "") -> Tokenizer:
     """The tokenizer in a folder (tokenizer.json, else one *.model), or of such a file.
 
-    `chat_template`: a Jinja file or a shipped name (`hermes`) that replaces the tokenizer's own template.
-    Raises ConfigError that tells what was looked for.
+    `chat_template`: a Jinja file or a shipped name (`hermes`) that replaces the tokenizer's own
+    template. Raises ConfigError that tells what was looked for.
     """
     file = _find(Path(path))
     config = _read_config(file.parent)
-    vocabulary = _hugging_face(file, config) if file.suffix == ".json" else _sentencepiece(file, config)
+    vocabulary = (
+        _hugging_face(file, config) if file.suffix == ".json" else _sentencepiece(file, config)
+    )
     named = {**vocabulary.named, **_named_tokens(config)}
     ends = tuple(dict.fromkeys(_end_ids(vocabulary, named, file)))
     return LoadedTokenizer(
@@ -135,15 +143,22 @@ def _find(path: Path) -> Path:
         return path
     if (path / "tokenizer.json").is_file():
         return path / "tokenizer.json"
-    models = [path / "tokenizer.model"] if (path / "tokenizer.model").is_file() else sorted(path.glob("*.model*"))
+    models = (
+        [path / "tokenizer.model"]
+        if (path / "tokenizer.model").is_file()
+        else sorted(path.glob("*.model*"))
+    )
     require(
         len(models) > 0,
-        f"tokenizer.path={str(path)!r} holds neither tokenizer.json (Hugging Face) nor *.model (SentencePiece); "
-        "name such a folder or file, or write one with transformers' tokenizer.save_pretrained(FOLDER)",
+        f"tokenizer.path={str(path)!r} holds neither tokenizer.json (Hugging Face) nor *.model "
+        "(SentencePiece); "
+        "name such a folder or file, or write one with transformers' "
+        "tokenizer.save_pretrained(FOLDER)",
     )
     require(
         len(models) == 1,
-        f"tokenizer.path={str(path)!r} holds several SentencePiece models ({', '.join(m.name for m in models)}); "
+        f"tokenizer.path={str(path)!r} holds several SentencePiece models "
+        f"({', '.join(m.name for m in models)}); "
         "name the file",
     )
     return models[0]
@@ -155,34 +170,45 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens named by tokenizer_config.json, each written as a string or as {"content": ...}."""
-    found = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    return {name: str(t["content"] if isinstance(t, Mapping) else t) for name, t in found.items() if t}
+    """Special tokens named by tokenizer_config.json, each written as a string or as {"content":
+    ...}."""
+    found = {
+        name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+    }
+    return {
+        name: str(t["content"] if isinstance(t, Mapping) else t) for name, t in found.items() if t
+    }
 
 
 def _added_tokens(config: Mapping[str, Any]) -> dict[str, int]:
-    return {str(token["content"]): int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+    return {
+        str(token["content"]): int(i) for i, token in config.get("added_tokens_decoder", {}).items()
+    }
 
 
 def _end_ids(vocabulary: _Vocabulary, named: Mapping[str, str], file: Path) -> Iterator[int]:
     texts = [t for t in (named.get("eos_token", ""), *END_OF_TURN) if t in vocabulary.ids]
     require(
         len(texts) > 0,
-        f"{file} has no end-of-turn token: none of {', '.join(END_OF_TURN)} is a special token of it and "
-        f"eos_token={named.get('eos_token')!r}; name one as eos_token in {file.parent / 'tokenizer_config.json'}",
+        f"{file} has no end-of-turn token: none of {', '.join(END_OF_TURN)} is a special token "
+        "of it and "
+        f"eos_token={named.get('eos_token')!r}; name one as eos_token in "
+        f"{file.parent / 'tokenizer_config.json'}",
     )
     return (vocabulary.ids[t] for t in texts)
 
 
 def _template(override: str, folder: Path, config: Mapping[str, Any]) -> str:
-    """Jinja source: the override, else chat_template.jinja, else tokenizer_config.json's, else empty."""
+    """Jinja source: the override, else chat_template.jinja, else tokenizer_config.json's, else
+    empty."""
     if override:
         shipped = TEMPLATES / f"{override}.jinja"
         file = shipped if shipped.is_file() else Path(override)
         known = ", ".join(sorted(t.stem for t in TEMPLATES.glob("*.jinja")))
         require(
             file.is_file(),
-            f"tokenizer.chat_template={override!r} is neither a file nor a shipped template ({known})",
+            f"tokenizer.chat_template={override!r} is neither a file nor a shipped template "
+            f"({known})",
         )
         return file.read_text(encoding="utf-8")
     if (folder / "chat_template.jinja").is_file():
@@ -205,7 +231,8 @@ def _hugging_face(file: Path, config: Mapping[str, Any]) -> _Vocabulary:
     missing = [t for t in _added_tokens(config) if t not in vocabulary]
     require(
         not missing,
-        f"{file} lacks {', '.join(missing)}, which its tokenizer_config.json adds; write both anew with "
+        f"{file} lacks {', '.join(missing)}, which its tokenizer_config.json adds; write both "
+        "anew with "
         "transformers' tokenizer.save_pretrained(FOLDER)",
     )
     added = fast.get_added_tokens_decoder()
@@ -231,7 +258,8 @@ def _hugging_face_bytes(fast: Any, file: Path) -> Callable[[str], bytes]:
     require(
         bool(kinds & {"ByteFallback", "Metaspace"}),
         f"{file}: a decoder made of {sorted(map(str, kinds))} does not tell the bytes of a token; "
-        "byte-level BPE (ByteLevel) and SentencePiece style (ByteFallback, Metaspace) are supported",
+        "byte-level BPE (ByteLevel) and SentencePiece style (ByteFallback, Metaspace) are "
+        "supported",
     )
     return _sentencepiece_bytes
 
@@ -239,7 +267,11 @@ def _hugging_face_bytes(fast: Any, file: Path) -> Callable[[str], bytes]:
 @lru_cache(maxsize=1)
 def _byte_alphabet() -> dict[int, int]:
     """GPT-2's alphabet inverted: code point of the printable stand-in -> byte."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    plain = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     rest = [b for b in range(256) if b not in plain]
     return {**{b: b for b in plain}, **{256 + n: b for n, b in enumerate(rest)}}
 
@@ -261,10 +293,15 @@ def _sentencepiece(file: Path, config: Mapping[str, Any]) -> _Vocabulary:
     from sentencepiece import SentencePieceProcessor
 
     model = file.read_bytes()
-    own, bare = (SentencePieceProcessor(model_proto=model + tail) for tail in (b"", NO_DUMMY_PREFIX))
+    own, bare = (
+        SentencePieceProcessor(model_proto=model + tail) for tail in (b"", NO_DUMMY_PREFIX)
+    )
     pieces = [own.id_to_piece(i) for i in range(own.get_piece_size())]
     literal = [own.is_control(i) or own.is_unknown(i) for i in range(len(pieces))]
-    table = [p.encode() if lit else _sentencepiece_bytes(p) for p, lit in zip(pieces, literal, strict=True)]
+    table = [
+        p.encode() if lit else _sentencepiece_bytes(p)
+        for p, lit in zip(pieces, literal, strict=True)
+    ]
     ids = {p: i for i, p in enumerate(pieces) if own.is_control(i)}
     for text, i in _added_tokens(config).items():
         table.extend(b"" for _ in range(len(table), i + 1))
@@ -280,10 +317,16 @@ def _sentencepiece(file: Path, config: Mapping[str, Any]) -> _Vocabulary:
 
 
 def _splitting_encoder(
-    own: Callable[[str], list[int]], bare: Callable[[str], list[int]], ids: Mapping[str, int], bos_id: int
+    own: Callable[[str], list[int]],
+    bare: Callable[[str], list[int]],
+    ids: Mapping[str, int],
+    bos_id: int,
 ) -> Callable[[str], list[int]]:
-    """SentencePiece does not look for control tokens in a text, so cut it there first; `bare` adds no dummy prefix."""
-    specials = re.compile("(" + "|".join(re.escape(t) for t in sorted(ids, key=len, reverse=True)) + ")")
+    """SentencePiece does not look for control tokens in a text, so cut it there first; `bare` adds
+    no dummy prefix."""
+    specials = re.compile(
+        "(" + "|".join(re.escape(t) for t in sorted(ids, key=len, reverse=True)) + ")"
+    )
 
     def encode(text: str) -> list[int]:
         result: list[int] = []

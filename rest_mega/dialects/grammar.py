@@ -1,4 +1,5 @@
-"""The shape that all dialects share: text, and blocks of thought, answer or calls opened and closed by tags."""
+"""The shape that all dialects share: text, and blocks of thought, answer or calls opened and closed
+by tags."""
 
 from __future__ import annotations
 
@@ -119,7 +120,8 @@ def _to_the_end(tape: Tape, position: int) -> int:
 def _last_text(tape: Tape, dialect: Dialect, position: int) -> None:
     """The rest of the reply is answer, except the beginning of a tag at its very end."""
     text = tape.text
-    # Only the last occurrence of a tag's first character can begin it, because no tag holds it twice.
+    # Only the last occurrence of a tag's first character can begin it, because no tag holds it
+    # twice.
     starts = (text.rfind(symbol, position) for symbol in {tag[0] for tag in dialect.tags})
     ends = (i for i in starts if i >= 0 and any(tag.startswith(text[i:]) for tag in dialect.tags))
     cut = min(ends, default=len(text))

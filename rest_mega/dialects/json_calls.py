@@ -1,8 +1,9 @@
-"""Calls written as JSON objects: {"name": string, "arguments" or "parameters": object}, keys in any order.
+"""Calls written as JSON objects: {"name": string, "arguments" or "parameters": object}, keys in any
+order.
 
-Values are read by the interpreter's C scanner. It is asked at most once in vain per reply, because the
-first error ends the reading: building a JSONDecodeError counts newlines from the start of the text, so
-that catching many of them would take quadratic time.
+Values are read by the interpreter's C scanner. It is asked at most once in vain per reply, because
+the first error ends the reading: building a JSONDecodeError counts newlines from the start of the
+text, so that catching many of them would take quadratic time.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def one(tape: Tape, position: int) -> int:
 
 
 def several(tape: Tape, position: int) -> int:
-    """Read one or more calls parted by white space (ToolRL: one per line); returns where they end."""
+    """Read one or more calls parted by white space (ToolRL: one per line); returns where they
+    end."""
     position = one(tape, position)
     while tape.text.startswith("{", position):
         position = one(tape, position)
@@ -57,7 +59,8 @@ def array(tape: Tape, position: int) -> int:
 
 
 def until_end(tape: Tape, position: int) -> int:
-    """Read calls parted by semicolons or white space to the end of the reply (Llama 3), each one final once read."""
+    """Read calls parted by semicolons or white space to the end of the reply (Llama 3), each one
+    final once read."""
     position = tape.mark_space(position)
     while True:
         position = _call(tape, position)
@@ -84,7 +87,11 @@ def _call(tape: Tape, start: int) -> int:
         _check_depth([member.value for member in members.values()], start)
     _mark_members(tape, members, end)
     # The Latin-1 view garbles what is not ASCII: read those objects again from their UTF-8.
-    values = {k: m.value for k, m in members.items()} if tape.ascii else _DECODER.decode(tape.utf8(start, end))
+    values = (
+        {k: m.value for k, m in members.items()}
+        if tape.ascii
+        else _DECODER.decode(tape.utf8(start, end))
+    )
     tape.add_call(values["name"], values[key], start)
     return end
 
@@ -119,7 +126,9 @@ def _check(members: dict[str, _Member], start: int) -> str:
         raise MalformedError('a call needs "name", a string; object', start)
     keys = [key for key in ARGUMENTS if key in members]
     if len(keys) != 1 or not isinstance(members[keys[0]].value, dict):
-        raise MalformedError(f'a call needs one of "{ARGUMENTS[0]}", "{ARGUMENTS[1]}", an object; object', start)
+        raise MalformedError(
+            f'a call needs one of "{ARGUMENTS[0]}", "{ARGUMENTS[1]}", an object; object', start
+        )
     return keys[0]
 
 
@@ -143,7 +152,8 @@ def _mark_members(tape: Tape, members: dict[str, _Member], end: int) -> None:
 
 
 def _mark_arguments(tape: Tape, start: int, end: int) -> None:
-    """Mark keys and scalars of a valid object at any depth: the hot loop, hence no calls of `mark`."""
+    """Mark keys and scalars of a valid object at any depth: the hot loop, hence no calls of
+    `mark`."""
     ends, regions = tape.ends, tape.regions
     for item in _ITEM.finditer(tape.text, start, end):
         group = item.lastindex

@@ -1,4 +1,5 @@
-"""Calls written as a Python list: [name(key=value, ...), ...], values being literals (Llama 3.2 and 4, BFCL)."""
+"""Calls written as a Python list: [name(key=value, ...), ...], values being literals (Llama 3.2 and
+4, BFCL)."""
 
 from __future__ import annotations
 
@@ -142,7 +143,8 @@ def _dict(tape: Tape, position: int, depth: int) -> tuple[Any, int]:
 
 
 def _comma(tape: Tape, position: int, closing: str) -> int:
-    """After an item: a comma (the last one may have one, too), or nothing if `closing` comes next."""
+    """After an item: a comma (the last one may have one, too), or nothing if `closing` comes
+    next."""
     position = _space(tape, position)
     return position if tape.text.startswith(closing, position) else _symbol(tape, position, ",")
 
@@ -156,5 +158,9 @@ def _space(tape: Tape, position: int) -> int:
     return tape.mark_space(position, Region.ARG_SCAFFOLD)
 
 
-_READERS: dict[str, Callable[[Tape, int, int], tuple[Any, int]]] = {"[": _list, "(": _tuple, "{": _dict}
+_READERS: dict[str, Callable[[Tape, int, int], tuple[Any, int]]] = {
+    "[": _list,
+    "(": _tuple,
+    "{": _dict,
+}
 """Opening symbol -> reader of (tape, position, depth)."""

@@ -1,4 +1,5 @@
-"""What a reply is made of: the region of every byte, the parsed calls, and the texts around them."""
+"""What a reply is made of: the region of every byte, the parsed calls, and the texts around
+them."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Region(enum.IntEnum):
     ARG_SCAFFOLD = 5
     """The rest of the arguments: braces, brackets, quotes, colons, commas, white space."""
     SCAFFOLD = 6
-    """The rest of a call (outer braces, "name", ...), and white space that follows a tag or opens the reply."""
+    """The rest of a call (outer braces, "name", ...), and white space that follows a tag or opens
+    the reply."""
     ANSWER = 7
     """Text for the user, with the white space that follows it."""
     END_OF_TURN = 8
@@ -42,7 +44,8 @@ class Reply:
     calls: tuple[ToolCall, ...]
     """In order of appearance; none when the reply is malformed."""
     answer: str
-    """The text outside reasoning and calls, stripped; pieces that blocks part are joined by a newline."""
+    """The text outside reasoning and calls, stripped; pieces that blocks part are joined by a
+    newline."""
     reasoning: str
     """The text of the reasoning blocks, stripped and joined in the same way."""
     well_formed: bool

@@ -1,4 +1,5 @@
-"""A reply while it is read: runs of regions marked from left to right, and undone back to the last good block."""
+"""A reply while it is read: runs of regions marked from left to right, and undone back to the last
+good block."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ from rest_mega.dialects.reply import Region, Reply
 from rest_mega.records import ToolCall
 
 SPACE = "[ \\t\\r\\n]*"
-"""JSON's white space as a regular expression: `\\s` would also match bytes inside UTF-8 characters."""
+"""JSON's white space as a regular expression: `\\s` would also match bytes inside UTF-8
+characters."""
 MAX_DEPTH = 64
-"""Arguments nested deeper than this are malformed: a fixed limit, unlike the interpreter's recursion limit."""
+"""Arguments nested deeper than this are malformed: a fixed limit, unlike the interpreter's
+recursion limit."""
 _SPACE = re.compile(SPACE)
 
 
@@ -27,9 +30,11 @@ class MalformedError(Exception):
 
 
 class Tape:
-    """The reply's bytes as a text of the same length (Latin-1), so that all positions are byte positions.
+    """The reply's bytes as a text of the same length (Latin-1), so that all positions are byte
+    positions.
 
-    - Regions are marked from left to right without gaps: `ends[i]` .. `ends[i + 1]` has `regions[i]`.
+    - Regions are marked from left to right without gaps: `ends[i]` .. `ends[i + 1]` has
+      `regions[i]`.
     - What `commit` has seen is never changed by what follows in the reply.
     """
 
@@ -71,7 +76,8 @@ class Tape:
         self.mark(end, region)
 
     def add_call(self, name: str, arguments: Mapping[str, Any], position: int) -> None:
-        """Keep a call; MalformedError where an escape made text that UTF-8 cannot hold (a lone surrogate)."""
+        """Keep a call; MalformedError where an escape made text that UTF-8 cannot hold (a lone
+        surrogate)."""
         if self._escapes:
             try:
                 json.dumps([name, arguments], ensure_ascii=False).encode()
@@ -88,7 +94,8 @@ class Tape:
         self._committed = len(self.regions)
 
     def finish(self, error: str = "") -> Reply:
-        """The reply; with an error, everything after the last commit is MALFORMED and no call counts."""
+        """The reply; with an error, everything after the last commit is MALFORMED and no call
+        counts."""
         if error:
             del self.regions[self._committed :], self.ends[self._committed + 1 :]
             self.mark(len(self.text), Region.MALFORMED)

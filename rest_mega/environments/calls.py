@@ -1,4 +1,5 @@
-"""Every call of a reply is answered: checked against its tool's schema, run under a deadline, its result cut."""
+"""Every call of a reply is answered: checked against its tool's schema, run under a deadline, its
+result cut."""
 
 from __future__ import annotations
 
@@ -17,15 +18,20 @@ if TYPE_CHECKING:
     from rest_mega.dialects import Reply
 
 
-def answer_calls(environment: Environment, reply: Reply, limits: EnvironmentConfig) -> tuple[ToolOutcome, ...]:
-    """One outcome per call of the reply, in order; one `malformed` outcome for a reply that does not parse.
+def answer_calls(
+    environment: Environment, reply: Reply, limits: EnvironmentConfig
+) -> tuple[ToolOutcome, ...]:
+    """One outcome per call of the reply, in order; one `malformed` outcome for a reply that does
+    not parse.
 
-    Calls run one after another: later ones see the state that earlier ones left. Nothing that a tool
-    does (raise, hang, return 10 MB) raises or blocks here.
+    Calls run one after another: later ones see the state that earlier ones left. Nothing that a
+    tool does (raise, hang, return 10 MB) raises or blocks here.
     """
     if not reply.well_formed:
         return (_failed("malformed", reply.error, limits),)
-    schemas = {spec["function"]["name"]: spec["function"]["parameters"] for spec in environment.specs}
+    schemas = {
+        spec["function"]["name"]: spec["function"]["parameters"] for spec in environment.specs
+    }
     return tuple(
         _answer(environment, schemas, call, limits)
         if index < limits.calls_per_turn
@@ -35,10 +41,15 @@ def answer_calls(environment: Environment, reply: Reply, limits: EnvironmentConf
 
 
 def _answer(
-    environment: Environment, schemas: Mapping[str, Mapping[str, Any]], call: ToolCall, limits: EnvironmentConfig
+    environment: Environment,
+    schemas: Mapping[str, Mapping[str, Any]],
+    call: ToolCall,
+    limits: EnvironmentConfig,
 ) -> ToolOutcome:
     if call.name not in schemas:
-        return _failed("unknown_tool", f"no tool {call.name!r}; known: {', '.join(schemas) or 'none'}", limits)
+        return _failed(
+            "unknown_tool", f"no tool {call.name!r}; known: {', '.join(schemas) or 'none'}", limits
+        )
     if complaint := mismatch(call.arguments, schemas[call.name]):
         return _failed("bad_arguments", complaint, limits)
     start = time.perf_counter()
@@ -62,7 +73,8 @@ def _failed(status: str, why: str, limits: EnvironmentConfig) -> ToolOutcome:
 
 
 def _cut(content: str, limits: EnvironmentConfig) -> str:
-    """At most `result_characters`, its end telling that it was cut; bytes that UTF-8 cannot hold replaced."""
+    """At most `result_characters`, its end telling that it was cut; bytes that UTF-8 cannot hold
+    replaced."""
     limit = limits.result_characters
     if len(content) > limit:
         note = f"... [{len(content)} characters]"

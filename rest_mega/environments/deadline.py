@@ -1,10 +1,13 @@
-"""A deadline for a function of this process: it runs on a reusable daemon thread that can be left behind.
+"""A deadline for a function of this process: it runs on a reusable daemon thread that can be left
+behind.
 
 What this gives, and what not:
-- a call handed over and answered costs tens of microseconds, since idle threads wait for the next call;
-- a call past its deadline is left behind at once. An exception is raised inside its thread, so that a
-  loop in Python ends there, and a call that waits in C (sleep, a socket) ends when it returns;
-- memory, files and network are not limited: tools are trusted code. Run others in a process of their own.
+- a call handed over and answered costs tens of microseconds, since idle threads wait for the next
+  call;
+- a call past its deadline is left behind at once. An exception is raised inside its thread, so that
+  a loop in Python ends there, and a call that waits in C (sleep, a socket) ends when it returns;
+- memory, files and network are not limited: tools are trusted code. Run others in a process of
+  their own.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ class DeadlineError(Exception):
 
 
 def within(seconds: float, function: Callable[[], Any]) -> Any:
-    """The result of `function()`, or the Exception it raised; DeadlineError when it takes longer than `seconds`."""
+    """The result of `function()`, or the Exception it raised; DeadlineError when it takes longer
+    than `seconds`."""
     worker = _idle_worker()
     worker.jobs.put(function)
     try:
@@ -36,7 +40,8 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
 
 
 class _Worker(threading.Thread):
-    """Runs one job after another; daemon, so that a stuck one never holds up the end of the program."""
+    """Runs one job after another; daemon, so that a stuck one never holds up the end of the
+    program."""
 
     def __init__(self) -> None:
         super().__init__(name="rest_mega tool", daemon=True)
@@ -52,7 +57,9 @@ class _Worker(threading.Thread):
         """Never used again: ends as soon as its call lets go of the thread."""
         self.jobs.put(None)
         if self.ident is not None:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(SystemExit))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(self.ident), ctypes.py_object(SystemExit)
+            )
 
 
 _IDLE: queue.SimpleQueue[_Worker] = queue.SimpleQueue()

@@ -44,7 +44,10 @@ def environment(name: str) -> Callable[[C], C]:
 
     def register(kind: C) -> C:
         taken = ENVIRONMENTS.setdefault(name, kind)
-        require(taken is kind, f"environment {name!r} is already registered by {taken!r}; choose another name")
+        require(
+            taken is kind,
+            f"environment {name!r} is already registered by {taken!r}; choose another name",
+        )
         return kind
 
     return register
@@ -57,11 +60,14 @@ def make_environment(name: str, task: Mapping[str, Any]) -> Environment:
 
 
 def load_modules(names: Sequence[str]) -> tuple[ModuleType, ...]:
-    """Import the modules that register tools, environments or rewards: dotted names, or paths of .py files.
+    """Import the modules that register tools, environments or rewards: dotted names, or paths of
+    .py files.
 
     A file is loaded once however often it is named. Raises ConfigError when one cannot be imported.
     """
-    return tuple(_load_file(Path(name)) if name.endswith(".py") else _import(name) for name in names)
+    return tuple(
+        _load_file(Path(name)) if name.endswith(".py") else _import(name) for name in names
+    )
 
 
 def _import(name: str) -> ModuleType:
@@ -75,7 +81,10 @@ def _import(name: str) -> ModuleType:
 
 
 def _load_file(path: Path) -> ModuleType:
-    require(path.is_file(), f"environment.modules: no file {str(path)!r}; paths are relative to {str(Path.cwd())!r}")
+    require(
+        path.is_file(),
+        f"environment.modules: no file {str(path)!r}; paths are relative to {str(Path.cwd())!r}",
+    )
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
     name = f"rest_mega_module_{path.stem}_{digest}"
     if name in sys.modules:
@@ -89,5 +98,7 @@ def _load_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise ConfigError(f"environment.modules: {path} failed with {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"environment.modules: {path} failed with {type(error).__name__}: {error}"
+        ) from error
     return module

@@ -1,4 +1,5 @@
-"""Python signatures and docstrings -> OpenAI function specs, and arguments checked against their JSON schema."""
+"""Python signatures and docstrings -> OpenAI function specs, and arguments checked against their
+JSON schema."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ from rest_mega.config import ConfigError, require
 
 Spec = dict[str, Any]
 
-_SCALARS: Mapping[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
+_SCALARS: Mapping[Any, str] = {
+    int: "integer",
+    float: "number",
+    str: "string",
+    bool: "boolean",
+    type(None): "null",
+}
 _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     # JSON has one kind of true and false; Python's bool is an int, so it is turned away by name.
     "integer": lambda v: isinstance(v, int) and not isinstance(v, bool),
@@ -28,7 +35,8 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
 
 
 def function_spec(function: Callable[..., Any]) -> Spec:
-    """The OpenAI spec of a function: name, first paragraph of its docstring, parameters from its signature.
+    """The OpenAI spec of a function: name, first paragraph of its docstring, parameters from its
+    signature.
 
     A parameter's description is its line under `Args:`. A `self` is skipped.
     Raises ConfigError for a parameter without a usable annotation.
@@ -43,9 +51,13 @@ def function_spec(function: Callable[..., Any]) -> Spec:
             continue
         require(
             parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY),
-            f"{where}: parameter {name!r} must be an ordinary named parameter, not *{name} or positional-only",
+            f"{where}: parameter {name!r} must be an ordinary named parameter, not *{name} or "
+            "positional-only",
         )
-        require(name in hints, f"{where}: parameter {name!r} has no type; write {name}: int (or str, float, ...)")
+        require(
+            name in hints,
+            f"{where}: parameter {name!r} has no type; write {name}: int (or str, float, ...)",
+        )
         properties[name] = type_schema(hints[name], f"{where}: parameter {name!r}")
         if name in notes:
             properties[name]["description"] = notes[name]
@@ -69,12 +81,17 @@ def type_schema(kind: Any, where: str) -> Spec:
         names = sorted({_SCALARS[type(a)] for a in arguments})
         return {"type": names[0] if len(names) == 1 else names, "enum": list(arguments)}
     if kind is list or origin is list:
-        return {"type": "array", **({"items": type_schema(arguments[0], where)} if arguments else {})}
+        return {
+            "type": "array",
+            **({"items": type_schema(arguments[0], where)} if arguments else {}),
+        }
     if kind is dict or origin is dict:
         return {"type": "object", "additionalProperties": True}
     if origin in (typing.Union, types.UnionType):
         return {"anyOf": [type_schema(a, where) for a in arguments]}
-    raise ConfigError(f"{where} has type {kind!r}; use int, float, str, bool, list, dict, Literal or T | None")
+    raise ConfigError(
+        f"{where} has type {kind!r}; use int, float, str, bool, list, dict, Literal or T | None"
+    )
 
 
 def mismatch(value: Any, schema: Mapping[str, Any], path: str = "") -> str:
@@ -89,12 +106,16 @@ def mismatch(value: Any, schema: Mapping[str, Any], path: str = "") -> str:
     name = path or "arguments"
     if not _fits_type(value, schema.get("type")):
         return f"{name} must be {_or(schema['type'])}, not {_shown(value)}"
-    if "enum" in schema and not any(value == known and type(value) is type(known) for known in schema["enum"]):
+    if "enum" in schema and not any(
+        value == known and type(value) is type(known) for known in schema["enum"]
+    ):
         return f"{name} must be one of {', '.join(map(str, schema['enum']))}, not {_shown(value)}"
     if isinstance(value, Mapping):
         return _object_mismatch(value, schema, path)
     if isinstance(value, list | tuple) and "items" in schema:
-        return _first(mismatch(item, schema["items"], f"{name}[{i}]") for i, item in enumerate(value))
+        return _first(
+            mismatch(item, schema["items"], f"{name}[{i}]") for i, item in enumerate(value)
+        )
     return ""
 
 

@@ -1,4 +1,5 @@
-"""Held-out success: every held-out prompt once sampled and once greedily, on the published parameters."""
+"""Held-out success: every held-out prompt once sampled and once greedily, on the published
+parameters."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ def evaluate(
     modes: dict[str, Sampling],
     seed: int,
 ) -> dict[str, float]:
-    """Success, reward and entropy (mean of -log p of the sampled tokens, nats) per mode of sampling.
+    """Success, reward and entropy (mean of -log p of the sampled tokens, nats) per mode of
+    sampling.
 
-    Every lead plays its share of the prompts; other ranks pass no collector. The draws depend on the prompt
-    alone, so that two evaluations differ by the policy only. Empty when a stop was asked for. Collective.
+    Every lead plays its share of the prompts; other ranks pass no collector. The draws depend on
+    the prompt alone, so that two evaluations differ by the policy only. Empty when a stop was asked
+    for. Collective.
     """
     metrics: dict[str, float] = {}
     mine = prompts[place.data_rank :: place.data_size]
@@ -35,7 +38,12 @@ def evaluate(
 
 
 def _play(
-    name: str, collector: Collector | None, rubric: Rubric, prompts: Sequence[Prompt], sampling: Sampling, seed: int
+    name: str,
+    collector: Collector | None,
+    rubric: Rubric,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seed: int,
 ) -> Sums | None:
     if collector is None or not prompts:
         return {}
@@ -51,14 +59,22 @@ def _sums(name: str, trajectories: Sequence[Trajectory], reward: float) -> Sums:
     tokens = float(sum(int(t.mask_T.sum()) for t in trajectories))
     sums = {
         f"eval/{name}_reward": (reward, count),
-        f"eval/{name}_entropy": (-float(sum(float(t.logprobs_T.sum()) for t in trajectories)), tokens),
-        f"eval/{name}_malformed": (float(sum(not all(u.well_formed for u in t.turns) for t in trajectories)), count),
+        f"eval/{name}_entropy": (
+            -float(sum(float(t.logprobs_T.sum()) for t in trajectories)),
+            tokens,
+        ),
+        f"eval/{name}_malformed": (
+            float(sum(not all(u.well_formed for u in t.turns) for t in trajectories)),
+            count,
+        ),
     }
     judged = [t for t in trajectories if "success" in t.result]
     if judged:
         sums[f"eval/{name}_success"] = _share(judged)
     for kind in sorted({str(t.prompt.task["kind"]) for t in judged if "kind" in t.prompt.task}):
-        sums[f"eval/{name}_success/{kind}"] = _share([t for t in judged if t.prompt.task.get("kind") == kind])
+        sums[f"eval/{name}_success/{kind}"] = _share(
+            [t for t in judged if t.prompt.task.get("kind") == kind]
+        )
     return sums
 
 

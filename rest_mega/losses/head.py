@@ -1,13 +1,15 @@
-"""Hidden states + vocabulary shard -> log-prob and full-vocabulary entropy per row; logits are never stored.
+"""Hidden states + vocabulary shard -> log-prob and full-vocabulary entropy per row; logits are
+never stored.
 
 For z = h W^T / temperature, p = softmax(z), H = -sum p log p (nats):
 
     d logp_y / d z_j = [j = y] - p_j            d H / d z_j = -p_j (log p_j + H)
 
 Forward walks the vocabulary in tiles and keeps, per row, the running maximum m, s = sum e^(z-m) and
-c = sum e^(z-m) (z-m); centring on the maximum keeps the entropy exact under any offset of the logits. Backward
-recomputes each tile. Shards of a tensor-parallel group are merged with ONE all-gather of four numbers a row,
-and the gradient of the hidden states with ONE all-reduce; both in fp32, merged in rank order.
+c = sum e^(z-m) (z-m); centring on the maximum keeps the entropy exact under any offset of the
+logits. Backward recomputes each tile. Shards of a tensor-parallel group are merged with ONE
+all-gather of four numbers a row, and the gradient of the hidden states with ONE all-reduce; both in
+fp32, merged in rank order.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def linear_logprob_entropy(
         hidden_RD: trained rows only; the same on every rank of `group`.
         weight_VD: this rank's rows of the LM head, global ids [vocab_start, vocab_start + V).
         targets_R: int64 global token ids below `vocab_size`.
-        group: ranks that share the vocabulary; None: this rank holds all of it. Shards may differ in size.
+        group: ranks that share the vocabulary; None: this rank holds all of it. Shards may differ
+            in size.
         temperature: logits are divided by it.
         vocab_size: ids from here on are padding and have no probability; None: there is no padding.
         reduce_hidden_grad: False where the caller's own backward sums d_hidden over `group`.
@@ -48,8 +51,14 @@ def linear_logprob_entropy(
         ValueError: temperature not positive.
     """
     if temperature <= 0:
-        raise ValueError(f"temperature={temperature} must be positive; greedy scores have no finite log-prob")
-    real = weight_VD.shape[0] if vocab_size is None else max(0, min(weight_VD.shape[0], vocab_size - vocab_start))
+        raise ValueError(
+            f"temperature={temperature} must be positive; greedy scores have no finite log-prob"
+        )
+    real = (
+        weight_VD.shape[0]
+        if vocab_size is None
+        else max(0, min(weight_VD.shape[0], vocab_size - vocab_start))
+    )
     shard = (vocab_start, real, 1.0 / temperature, group, reduce_hidden_grad)
     logprob_R, entropy_R = _Head.apply(hidden_RD, weight_VD, targets_R, shard)
     return logprob_R, entropy_R
@@ -57,8 +66,12 @@ def linear_logprob_entropy(
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden_RD: torch.Tensor, weight_VD: torch.Tensor, targets_R: torch.Tensor, shard: tuple[Any, ...]
+    def forward(
+        ctx: Any,
+        hidden_RD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_R: torch.Tensor,
+        shard: tuple[Any, ...],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         start, real, scale, group, _ = shard
         stats_4R = _local_statistics(hidden_RD, weight_VD[:real], targets_R - start, scale)
@@ -68,7 +81,7 @@ class _Head(torch.autograd.Function):
         return logprob_R, entropy_R
 
     @staticmethod
-    def backward(ctx: Any, d_logprob_R: torch.Tensor, d_entropy_R: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, d_logprob_R: torch.Tensor, d_entropy_R: torch.Tensor) -> Any:
         hidden_RD, weight_VD, targets_R, lse_R, entropy_R = ctx.saved_tensors
         start, real, scale, group, reduce_hidden_grad = ctx.shard
         d_hidden = torch.zeros(hidden_RD.shape, dtype=torch.float32, device=hidden_RD.device)
@@ -103,7 +116,8 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.T
 def _local_statistics(
     hidden_RD: torch.Tensor, weight_VD: torch.Tensor, local_targets_R: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """[4, R]: maximum, log of the centred sum, entropy within the shard, target logit (0 when elsewhere)."""
+    """[4, R]: maximum, log of the centred sum, entropy within the shard, target logit (0 when
+    elsewhere)."""
     rows = hidden_RD.shape[0]
     m = torch.full((rows,), -torch.inf, device=hidden_RD.device)
     s, c, target = (torch.zeros(rows, device=hidden_RD.device) for _ in range(3))
@@ -146,7 +160,9 @@ def _merge(stats_P4R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     log_s_R = torch.logsumexp(log_mass_PR, dim=0)
     share_PR = log_mass_PR - log_s_R
     w_PR = share_PR.exp()
-    entropy_R = (w_PR * (inside_PR - torch.where(w_PR > 0, share_PR, torch.zeros_like(share_PR)))).sum(dim=0)
+    entropy_R = (
+        w_PR * (inside_PR - torch.where(w_PR > 0, share_PR, torch.zeros_like(share_PR)))
+    ).sum(dim=0)
     logprob_R = (target_PR.sum(dim=0) - m_R) - log_s_R
     return logprob_R, entropy_R.clamp_min(0.0), m_R + log_s_R
 

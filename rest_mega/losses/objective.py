@@ -1,7 +1,9 @@
-"""One micro-batch -> (loss, sums with counts, maxima): the weighted surrogate over the global denominator.
+"""One micro-batch -> (loss, sums with counts, maxima): the weighted surrogate over the global
+denominator.
 
-L = sum_t w_t l_t / sum_t w_t, both sums over the whole batch of all replicas: the denominator is known before
-the first forward, so the gradient does not depend on how the batch was cut into micro-batches or replicas.
+L = sum_t w_t l_t / sum_t w_t, both sums over the whole batch of all replicas: the denominator is
+known before the first forward, so the gradient does not depend on how the batch was cut into
+micro-batches or replicas.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ def policy_objective(
 ) -> tuple[torch.Tensor, Report, Report]:
     """The weighted clipped surrogate of one micro-batch, divided by the global sum of weights.
 
-    Rows may be none: the loss is then a zero that backward can walk. Reported statistics are unweighted:
-    approx_kl is mean(old - new) (k1), rollout_gap the mean |trainer - engine| log-prob of the sampled tokens.
+    Rows may be none: the loss is then a zero that backward can walk. Reported statistics are
+    unweighted: approx_kl is mean(old - new) (k1), rollout_gap the mean |trainer - engine| log-prob
+    of the sampled tokens.
     """
     loss_R, clipped_R = SURROGATES[config.policy](logprob_R, old_logprob_R, advantages_R, config)
     loss = (weights_R * loss_R).sum() / denominator
@@ -52,4 +55,6 @@ def supervised_objective(
 
 
 def _sum_count(values_R: torch.Tensor) -> torch.Tensor:
-    return torch.stack([values_R.double().sum(), values_R.new_tensor(values_R.numel(), dtype=torch.float64)])
+    return torch.stack(
+        [values_R.double().sum(), values_R.new_tensor(values_R.numel(), dtype=torch.float64)]
+    )

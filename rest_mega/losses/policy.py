@@ -1,7 +1,7 @@
 """Clipped surrogates, one value per trained row; weights multiply them outside the clip.
 
-PPO's clip is Schulman et al. (arXiv 1707.06347), dual clip Ye et al. (arXiv 1912.09729), clip-higher
-(clip_high > clip_low) DAPO (arXiv 2503.14476).
+PPO's clip is Schulman et al. (arXiv 1707.06347), dual clip Ye et al. (arXiv 1912.09729),
+clip-higher (clip_high > clip_low) DAPO (arXiv 2503.14476).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from rest_mega.config import LossConfig
 
 LOG_RATIO_BOUND = 20.0
 
-Surrogate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, LossConfig], tuple[torch.Tensor, torch.Tensor]]
+Surrogate = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, LossConfig], tuple[torch.Tensor, torch.Tensor]
+]
 """(logprob_R, old_logprob_R, advantage_R, config) -> (loss_R, clipped_R: bool)."""
 
 
@@ -24,7 +26,10 @@ def log_ratio(logprob_R: torch.Tensor, old_logprob_R: torch.Tensor) -> torch.Ten
 
 
 def ppo(
-    logprob_R: torch.Tensor, old_logprob_R: torch.Tensor, advantage_R: torch.Tensor, config: LossConfig
+    logprob_R: torch.Tensor,
+    old_logprob_R: torch.Tensor,
+    advantage_R: torch.Tensor,
+    config: LossConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-min(r A, clip(r) A); for A < 0 at most -c A when dual_clip c > 0."""
     ratio_R = log_ratio(logprob_R, old_logprob_R).exp()
@@ -40,7 +45,10 @@ def ppo(
 
 
 def reinforce(
-    logprob_R: torch.Tensor, old_logprob_R: torch.Tensor, advantage_R: torch.Tensor, config: LossConfig
+    logprob_R: torch.Tensor,
+    old_logprob_R: torch.Tensor,
+    advantage_R: torch.Tensor,
+    config: LossConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-A log pi (Williams, 1992); nothing is clipped."""
     return -advantage_R * logprob_R, torch.zeros_like(advantage_R, dtype=torch.bool)

@@ -22,7 +22,9 @@ def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
     """Register the decorated function as `name`; ConfigError where the name is taken."""
 
     def register(function: RewardFunction) -> RewardFunction:
-        require(name not in RUBRIC, f"the reward {name!r} is registered already; choose another name")
+        require(
+            name not in RUBRIC, f"the reward {name!r} is registered already; choose another name"
+        )
         RUBRIC[name] = function
         return function
 
@@ -38,18 +40,24 @@ class Rubric:
             one_of("rewards.parts", name, sorted(RUBRIC))
         self._parts = dict(config.parts)
 
-    def __call__(self, groups: Sequence[Sequence[Trajectory]]) -> tuple[Rewards, dict[str, Rewards]]:
+    def __call__(
+        self, groups: Sequence[Sequence[Trajectory]]
+    ) -> tuple[Rewards, dict[str, Rewards]]:
         """`groups[p][g]` -> (rewards_PG, name of a part -> its values_PG before the coefficient).
 
         Raises ValueError for groups of unequal size and for a value that is not finite.
         """
         sizes = {len(group) for group in groups}
         require(
-            len(sizes) <= 1, f"groups of unequal size {sorted(sizes)}; give every prompt the same number of siblings"
+            len(sizes) <= 1,
+            f"groups of unequal size {sorted(sizes)}; give every prompt the same number of "
+            "siblings",
         )
         shape = (len(groups), *sizes) if sizes else (0, 0)
         parts = {
-            name: np.array([[_value(name, t) for t in group] for group in groups], dtype=np.float64).reshape(shape)
+            name: np.array(
+                [[_value(name, t) for t in group] for group in groups], dtype=np.float64
+            ).reshape(shape)
             for name in self._parts
         }
         total = sum((self._parts[name] * values for name, values in parts.items()), np.zeros(shape))
@@ -60,7 +68,8 @@ def _value(name: str, trajectory: Trajectory) -> float:
     value = float(RUBRIC[name](trajectory))
     require(
         math.isfinite(value),
-        f"the reward {name!r} of prompt {trajectory.prompt.id!r} (sibling {trajectory.sibling}) is {value}: "
+        f"the reward {name!r} of prompt {trajectory.prompt.id!r} (sibling {trajectory.sibling}) "
+        f"is {value}: "
         "a reward must be a finite number; mend the function or leave it out of rewards.parts",
     )
     return value

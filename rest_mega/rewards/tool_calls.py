@@ -9,7 +9,8 @@ from rest_mega.records import ToolCall
 
 
 def jaccard(gold: Sequence[str], predicted: Sequence[str]) -> float:
-    """Multiset Jaccard index: shared over total, counted with multiplicity; 1 where both are empty."""
+    """Multiset Jaccard index: shared over total, counted with multiplicity; 1 where both are
+    empty."""
     shared = (Counter(gold) & Counter(predicted)).total()
     total = len(gold) + len(predicted) - shared
     return shared / total if total else 1.0
@@ -21,14 +22,18 @@ def accuracy(gold: Sequence[ToolCall], predicted: Sequence[ToolCall]) -> float:
         [J(names) + sum over gold calls of (J(argument names) + number of equal values)]
         / [1 + sum over gold calls of (1 + number of arguments)]
 
-    Gold calls are taken in order, each matched to the best unused predicted call of its name. Lists that
-    are equal up to order score exactly 1. Values are compared as parsed JSON, without conversion: 3 equals
-    3.0, "3" does not, and `true` equals 1.
+    Gold calls are taken in order, each matched to the best unused predicted call of its name. Lists
+    that are equal up to order score exactly 1. Values are compared as parsed JSON, without
+    conversion: 3 equals 3.0, "3" does not, and `true` equals 1.
     """
     score = jaccard([c.name for c in gold], [c.name for c in predicted])
     free = list(predicted)
     for call in gold:
-        matches = [(_similarity(call, other), -n) for n, other in enumerate(free) if other.name == call.name]
+        matches = [
+            (_similarity(call, other), -n)
+            for n, other in enumerate(free)
+            if other.name == call.name
+        ]
         best, place = max(matches, default=(0.0, 0))  # the first of equally good ones
         if best > 0:
             score += best
@@ -38,5 +43,8 @@ def accuracy(gold: Sequence[ToolCall], predicted: Sequence[ToolCall]) -> float:
 
 def _similarity(gold: ToolCall, predicted: ToolCall) -> float:
     """J(argument names) + number of equal values."""
-    equal = sum(bool(k in predicted.arguments and predicted.arguments[k] == v) for k, v in gold.arguments.items())
+    equal = sum(
+        bool(k in predicted.arguments and predicted.arguments[k] == v)
+        for k, v in gold.arguments.items()
+    )
     return jaccard(list(gold.arguments), list(predicted.arguments)) + equal

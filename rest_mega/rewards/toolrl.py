@@ -1,8 +1,9 @@
-"""ToolRL's reward of one reply by its own textual rules (arXiv 2504.13958, code at qiancheng0/ToolRL 8cee13e).
+"""ToolRL's reward of one reply by its own textual rules (arXiv 2504.13958, code at
+qiancheng0/ToolRL 8cee13e).
 
-The rules are laxer and stricter than a grammar at once: the format ignores what is inside the tags, the
-calls ignore what is outside them. So they read the reply's text, not its parsed calls: one line of
-bad JSON anywhere voids every call, and text around the tags voids none.
+The rules are laxer and stricter than a grammar at once: the format ignores what is inside the tags,
+the calls ignore what is outside them. So they read the reply's text, not its parsed calls: one line
+of bad JSON anywhere voids every call, and text around the tags voids none.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ SHAPES = {
 
 
 def format_score(reply: str, gold: str) -> float:
-    """F in {0, 1}: the reply has exactly the parts of the gold one, in order, each wanted tag pair once."""
+    """F in {0, 1}: the reply has exactly the parts of the gold one, in order, each wanted tag pair
+    once."""
     wanted = [tag for tag in ("tool_call", "response") if f"<{tag}>" in gold]
     shape = SHAPES["tool_call" in wanted, "response" in wanted]
     once = all(reply.count(f"<{tag}>") == reply.count(f"</{tag}>") == 1 for tag in wanted)
@@ -33,7 +35,8 @@ def format_score(reply: str, gold: str) -> float:
 
 
 def correctness(reply: str, gold: str) -> float:
-    """C in [-3, 3]: 6 S_acc - 3; -3 where the reply's calls cannot be read, 0 where the gold reply has none.
+    """C in [-3, 3]: 6 S_acc - 3; -3 where the reply's calls cannot be read, 0 where the gold reply
+    has none.
 
     Raises ValueError where the gold reply's calls cannot be read.
     """
@@ -48,7 +51,8 @@ def correctness(reply: str, gold: str) -> float:
 
 
 def _rows(text: str) -> list[Any]:
-    """JSON values of the first <tool_call> block, one a line; ValueError where there is none, or a bad line."""
+    """JSON values of the first <tool_call> block, one a line; ValueError where there is none, or a
+    bad line."""
     _, opened, rest = text.partition("<tool_call>")
     if not opened or "</tool_call>" not in text:
         raise ValueError(f"no <tool_call> block in {text[:80]!r}")
@@ -57,7 +61,8 @@ def _rows(text: str) -> list[Any]:
 
 
 def _call(row: Any, names: Collection[str] | None = None) -> ToolCall:
-    """A row {"name", "parameters"} as a call; only a call of one of `names` (None: any) must have parameters."""
+    """A row {"name", "parameters"} as a call; only a call of one of `names` (None: any) must have
+    parameters."""
     arguments = row.get("parameters") if isinstance(row, dict) else None
     if not isinstance(arguments, dict):
         if names is None or row["name"] in names:

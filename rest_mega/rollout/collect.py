@@ -1,4 +1,5 @@
-"""Runs the siblings of each prompt turn by turn, tools between the turns -> groups of trajectories."""
+"""Runs the siblings of each prompt turn by turn, tools between the turns -> groups of
+trajectories."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ class Collector:
     ) -> list[list[Trajectory]] | None:
         """`siblings` trajectories of every prompt, [P][G]; None when a stop was asked for.
 
-        `seed` with a prompt's id, the sibling and the turn decides what is sampled, whatever else is in the batch.
+        `seed` with a prompt's id, the sibling and the turn decides what is sampled, whatever else
+        is in the batch.
         """
         episodes = [self._open(prompt, g) for prompt in prompts for g in range(siblings)]
         for turn in range(self._config.max_turns):
@@ -65,7 +67,9 @@ class Collector:
             if self._stop():
                 return None
             requests = [self._request(e, (seed, e.prompt.id, e.sibling, turn)) for e in active]
-            for episode, done in zip(active, self._engine.generate(requests, sampling), strict=True):
+            for episode, done in zip(
+                active, self._engine.generate(requests, sampling), strict=True
+            ):
                 self._advance(episode, done, turn)
         trajectories = [self._close(e) for e in episodes]
         return [trajectories[i : i + siblings] for i in range(0, len(trajectories), siblings)]
@@ -75,7 +79,8 @@ class Collector:
         ids = self._chat.prompt_ids(prompt.messages, prompt.tools or environment.specs)
         if len(ids) >= self._config.max_tokens:
             raise ConfigError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens, rollout.max_tokens is {self._config.max_tokens}: "
+                f"prompt {prompt.id!r} has {len(ids)} tokens, rollout.max_tokens is "
+                f"{self._config.max_tokens}: "
                 "raise rollout.max_tokens (and packing.tokens) or leave the prompt out"
             )
         return _Episode(prompt, sibling, environment, Ledger(ids))
@@ -90,7 +95,11 @@ class Collector:
         ids = done.ids_T[:-1] if done.finished else done.ids_T
         text = b"".join(self._tokenizer.token_bytes(int(i)) for i in ids)
         reply = parse(text, self._dialect)
-        goes_on = done.finished and (reply.calls or not reply.well_formed) and episode.prompt.environment != "none"
+        goes_on = (
+            done.finished
+            and (reply.calls or not reply.well_formed)
+            and episode.prompt.environment != "none"
+        )
         outcomes = answer_calls(episode.environment, reply, self._limits) if goes_on else ()
         episode.turns.append(
             Turn(
@@ -120,7 +129,9 @@ class Collector:
         turn = episode.turns[-1]
         malformed = not turn.well_formed  # one outcome speaks for the whole reply
         names = [""] * len(turn.outcomes) if malformed else [call.name for call in turn.calls]
-        results = [(name, outcome.content) for name, outcome in zip(names, turn.outcomes, strict=True)]
+        results = [
+            (name, outcome.content) for name, outcome in zip(names, turn.outcomes, strict=True)
+        ]
         ids = self._chat.tool_result_ids(results)
         if len(episode.ledger) + len(ids) >= self._config.max_tokens:
             episode.stop = "length"

@@ -19,7 +19,14 @@ class EmbeddedEngine:
     """A copy of the policy as a transformers model, decoded with a dynamic key-value cache."""
 
     def __init__(
-        self, path: str, *, end_of_turn_ids: Sequence[int], pad_id: int, batch_size: int, dtype: str, device: torch.device
+        self,
+        path: str,
+        *,
+        end_of_turn_ids: Sequence[int],
+        pad_id: int,
+        batch_size: int,
+        dtype: str,
+        device: torch.device,
     ) -> None:
         """`path`: folder whose config.json shapes the model; its weights are not read."""
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -45,11 +52,16 @@ class EmbeddedEngine:
             target = targets.get(name)
             if target is None or target.shape != tensor.shape:
                 found = None if target is None else tuple(target.shape)
-                raise ValueError(f"the engine's model has shape {found} for {name!r}, not {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"the engine's model has shape {found} for {name!r}, not {tuple(tensor.shape)}"
+                )
             target.copy_(tensor)
             left.discard(name)
         if left:
-            raise ValueError(f"{len(left)} parameters were not sent to the engine, for example {sorted(left)[:3]}")
+            raise ValueError(
+                f"{len(left)} parameters were not sent to the engine, for example "
+                f"{sorted(left)[:3]}"
+            )
         self._version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -73,7 +85,11 @@ class EmbeddedEngine:
         longest = max(r.max_new_tokens for r in requests)
         draw = _Draw(requests, sampling, longest, self._vocab_size, self._device)
         settings = GenerationConfig(
-            max_new_tokens=longest, do_sample=False, eos_token_id=list(self._end), pad_token_id=self._pad, use_cache=True
+            max_new_tokens=longest,
+            do_sample=False,
+            eos_token_id=list(self._end),
+            pad_token_id=self._pad,
+            use_cache=True,
         )
         out = self._model.generate(
             input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=[draw]
@@ -86,7 +102,9 @@ class EmbeddedEngine:
         ids = torch.full((len(requests), longest), self._pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, request in enumerate(requests):
-            ids[row, longest - len(request.ids_T) :] = torch.from_numpy(request.ids_T.astype(np.int64))
+            ids[row, longest - len(request.ids_T) :] = torch.from_numpy(
+                request.ids_T.astype(np.int64)
+            )
             mask[row, longest - len(request.ids_T) :] = 1
         return ids.to(self._device), mask.to(self._device)
 
@@ -106,7 +124,12 @@ class _Draw:
     """A logits processor that chooses each row's next token itself and remembers its log-prob."""
 
     def __init__(
-        self, requests: Sequence[Request], sampling: Sampling, longest: int, vocab_size: int, device: torch.device
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        longest: int,
+        vocab_size: int,
+        device: torch.device,
     ) -> None:
         self._sampling, self._vocab_size = sampling, vocab_size
         self._kept: list[torch.Tensor] = []
@@ -116,7 +139,9 @@ class _Draw:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """scores [B, V] -> the same shape, finite at the chosen token only."""
-        logprobs = torch.log_softmax(scores[:, : self._vocab_size].float() / self._sampling.temperature, dim=-1)
+        logprobs = torch.log_softmax(
+            scores[:, : self._vocab_size].float() / self._sampling.temperature, dim=-1
+        )
         chosen = logprobs.argmax(-1) if self._sampling.greedy else self._sample(logprobs)
         self._kept.append(logprobs.gather(1, chosen[:, None])[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
@@ -135,7 +160,8 @@ class _Draw:
 
 
 def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero all but the smallest set of tokens whose mass reaches `top_p` (Holtzman et al., arXiv 1904.09751)."""
+    """Zero all but the smallest set of tokens whose mass reaches `top_p` (Holtzman et al., arXiv
+    1904.09751)."""
     ranked, order = probs.sort(dim=-1, descending=True)
     outside = ranked.cumsum(-1) - ranked >= top_p
     return probs.masked_fill(torch.zeros_like(outside).scatter_(1, order, outside), 0.0)

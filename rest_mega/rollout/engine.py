@@ -1,4 +1,5 @@
-"""Engine protocol: token ids in, sampled token ids with log-probs out; parameters in, a version out."""
+"""Engine protocol: token ids in, sampled token ids with log-probs out; parameters in, a version
+out."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ class Engine(Protocol):
         """Version of the parameters being served; -1 before the first load."""
 
     def load_parameters(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
-        """Replace all parameters by (Hugging Face name, whole tensor); ValueError for wrong names or shapes."""
+        """Replace all parameters by (Hugging Face name, whole tensor); ValueError for wrong names
+        or shapes."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order."""
@@ -59,6 +61,7 @@ class Engine(Protocol):
 
 
 def seed_of(*parts: object) -> int:
-    """A 63-bit seed that depends on nothing but `parts`: the same draw whatever the layout or the batch."""
+    """A 63-bit seed that depends on nothing but `parts`: the same draw whatever the layout or the
+    batch."""
     text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -12,11 +12,20 @@ from rest_mega.rollout.engine import Engine
 
 
 def make_engine(
-    config: RolloutConfig, *, model_path: str, dtype: str, tokenizer: Tokenizer, device: Any, record_to: Path
+    config: RolloutConfig,
+    *,
+    model_path: str,
+    dtype: str,
+    tokenizer: Tokenizer,
+    device: Any,
+    record_to: Path,
 ) -> Engine:
-    """The engine that `rollout.engine` names; with rollout.record its completions are kept in `record_to`."""
+    """The engine that `rollout.engine` names; with rollout.record its completions are kept in
+    `record_to`."""
     one_of("rollout.engine", config.engine, ENGINES)
-    engine = ENGINES[config.engine](config, model_path=model_path, dtype=dtype, tokenizer=tokenizer, device=device)
+    engine = ENGINES[config.engine](
+        config, model_path=model_path, dtype=dtype, tokenizer=tokenizer, device=device
+    )
     if not config.record:
         return engine
     from rest_mega.rollout.replay_engine import RecordingEngine
@@ -24,7 +33,9 @@ def make_engine(
     return RecordingEngine(engine, record_to)
 
 
-def _embedded(config: RolloutConfig, *, model_path: str, dtype: str, tokenizer: Tokenizer, device: Any) -> Engine:
+def _embedded(
+    config: RolloutConfig, *, model_path: str, dtype: str, tokenizer: Tokenizer, device: Any
+) -> Engine:
     from rest_mega.rollout.embedded_engine import EmbeddedEngine
 
     return EmbeddedEngine(

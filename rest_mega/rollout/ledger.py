@@ -30,12 +30,19 @@ class Ledger:
     def sample(self, completion: Completion, turn: int) -> tuple[int, int]:
         """Append a sampled turn; returns its span [start, end)."""
         start = len(self)
-        self._append(completion.ids_T.tolist(), completion.logprobs_T.tolist(), turn, completion.version)
+        self._append(
+            completion.ids_T.tolist(), completion.logprobs_T.tolist(), turn, completion.version
+        )
         return start, len(self)
 
-    def _append(self, ids: Sequence[int], logprobs: Sequence[float], turn: int, version: int) -> None:
+    def _append(
+        self, ids: Sequence[int], logprobs: Sequence[float], turn: int, version: int
+    ) -> None:
         if len(ids) != len(logprobs):
-            raise ValueError(f"{len(ids)} token ids but {len(logprobs)} log-probs: the engine's answer is inconsistent")
+            raise ValueError(
+                f"{len(ids)} token ids but {len(logprobs)} log-probs: the engine's answer is "
+                "inconsistent"
+            )
         self._ids += ids
         self._logprobs += logprobs
         self._turn += [turn] * len(ids)

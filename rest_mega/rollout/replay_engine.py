@@ -65,7 +65,10 @@ class ReplayEngine:
         """ConfigError when `folder` holds no recordings or a line is malformed."""
         files = sorted(folder.glob("*.jsonl"))
         if not files:
-            raise ConfigError(f"rollout.replay={str(folder)!r} holds no *.jsonl; record with rollout.record=true first")
+            raise ConfigError(
+                f"rollout.replay={str(folder)!r} holds no *.jsonl; record with "
+                "rollout.record=true first"
+            )
         self._done: dict[tuple[Any, ...], Completion] = {}
         for file in files:
             for number, line in enumerate(file.read_text().splitlines(), start=1):
@@ -82,7 +85,9 @@ class ReplayEngine:
                 int(row["version"]),
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{place}: not a recorded completion ({error!r}); record the rollouts anew") from error
+            raise ConfigError(
+                f"{place}: not a recorded completion ({error!r}); record the rollouts anew"
+            ) from error
 
     @property
     def version(self) -> int:
@@ -101,7 +106,8 @@ class ReplayEngine:
             return [self._done[_key(request, sampling)] for request in requests]
         except KeyError as error:
             raise ConfigError(
-                f"request {error} was not recorded: replay needs the run.seed, prompts and steps of the recorded run"
+                f"request {error} was not recorded: replay needs the run.seed, prompts and steps "
+                "of the recorded run"
             ) from error
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """This rank's shards -> a stream of whole Hugging Face tensors on the replica's lead.
 
-Every rank of the replica calls `stream` together and exhausts it. Parameters travel one at a time, as bytes,
-from the tensor ranks of their stage to the lead, which puts the pieces back; at no time does the lead hold
-more than one parameter's tensors that it has not handed over.
+Every rank of the replica calls `stream` together and exhausts it. Parameters travel one at a time,
+as bytes, from the tensor ranks of their stage to the lead, which puts the pieces back; at no time
+does the lead hold more than one parameter's tensors that it has not handed over.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ NamedTensor = tuple[str, torch.Tensor]
 
 
 class Exporter:
-    """Knows once and for all which rank of the replica holds what; `stream` may then be called every step."""
+    """Knows once and for all which rank of the replica holds what; `stream` may then be called
+    every step."""
 
     def __init__(self, chunks: list[Any], architecture: Architecture, parallel: Parallel) -> None:
         """Collective over the replica."""
@@ -41,12 +42,15 @@ class Exporter:
             "holds": parallel.context_rank == 0,
             "shapes": {name: list(p.shape) for name, p in self._mine.items()},
         }
-        self._places = [json.loads(text) for text in parallel.gather_text(json.dumps(place), parallel.replica)]
+        self._places = [
+            json.loads(text) for text in parallel.gather_text(json.dumps(place), parallel.replica)
+        ]
         self._dtype = next(iter(self._mine.values())).dtype
 
     @torch.no_grad()
     def stream(self) -> Iterator[NamedTensor]:
-        """(Hugging Face name, whole CPU tensor) on the lead, nothing elsewhere; collective over the replica."""
+        """(Hugging Face name, whole CPU tensor) on the lead, nothing elsewhere; collective over the
+        replica."""
         for holders, name in self._transfers():
             shards = [self._move(name, rank, place["shapes"][name]) for rank, place in holders]
             if self._parallel.is_lead:
@@ -77,7 +81,11 @@ class Exporter:
     def _assemble(self, name: str, shards: list[torch.Tensor]) -> Iterator[NamedTensor]:
         a = self._architecture
         parts = [self._pieces(name, rank) for rank in range(len(shards))]
-        whole = {p.hf_name: torch.empty(hf_shape(p.hf_name, a), dtype=self._dtype) for ps in parts for p in ps}
+        whole = {
+            p.hf_name: torch.empty(hf_shape(p.hf_name, a), dtype=self._dtype)
+            for ps in parts
+            for p in ps
+        }
         for shard, ps in zip(shards, parts, strict=True):
             offset = 0
             for piece in ps:
@@ -92,11 +100,14 @@ class Exporter:
         return pieces(name, self._architecture, tensor_rank, self._parallel.config.tensor)
 
 
-def save_hf(exporter: Exporter, architecture: Architecture, source: str, folder: Path, *, write: bool) -> None:
-    """Write the policy as a Hugging Face checkpoint that `transformers` and SGLang load; collective over the replica.
+def save_hf(
+    exporter: Exporter, architecture: Architecture, source: str, folder: Path, *, write: bool
+) -> None:
+    """Write the policy as a Hugging Face checkpoint that `transformers` and SGLang load; collective
+    over the replica.
 
-    config.json, tokenizer and template are copied from `source`; the folder appears complete or not at all.
-    `write` is True on the one rank that writes.
+    config.json, tokenizer and template are copied from `source`; the folder appears complete or not
+    at all. `write` is True on the one rank that writes.
     """
     tensors = dict(exporter.stream())
     if not write:
@@ -108,7 +119,9 @@ def save_hf(exporter: Exporter, architecture: Architecture, source: str, folder:
     partial = folder.with_name(folder.name + ".partial")
     _empty(partial)
     save_file(tensors, str(partial / "model.safetensors"), metadata={"format": "pt"})
-    _copy_side_files(Path(source), partial, str(next(iter(tensors.values())).dtype).removeprefix("torch."))
+    _copy_side_files(
+        Path(source), partial, str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    )
     if folder.exists():
         _empty(folder)
         folder.rmdir()
@@ -123,7 +136,9 @@ def _empty(folder: Path) -> None:
 
 def _copy_side_files(source: Path, target: Path, dtype: str) -> None:
     for file in sorted(source.iterdir()):
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json"):
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(
+            ".index.json"
+        ):
             (target / file.name).write_bytes(file.read_bytes())
     config = json.loads((target / "config.json").read_text())
     config.pop("torch_dtype", None)

@@ -1,4 +1,5 @@
-"""Hugging Face safetensors (or a seed) -> this rank's parameters, reading only this rank's ranges."""
+"""Hugging Face safetensors (or a seed) -> this rank's parameters, reading only this rank's
+ranges."""
 
 from __future__ import annotations
 
@@ -26,9 +27,14 @@ class SafetensorsSource:
     """A checkpoint folder: model.safetensors, or shards named by model.safetensors.index.json."""
 
     def __init__(self, path: str, architecture: Architecture) -> None:
-        """Opens the headers and checks every name and shape; ConfigError names what is missing or misshapen."""
+        """Opens the headers and checks every name and shape; ConfigError names what is missing or
+        misshapen."""
         self._files: dict[Path, Any] = {}
-        self._where = {name: file for file in _shards(Path(path)) for name in self._open(file).keys()}  # noqa: SIM118
+        self._where = {
+            name: file
+            for file in _shards(Path(path))
+            for name in self._open(file).keys()  # noqa: SIM118  # a file handle, no dictionary
+        }
         expected = {name: hf_shape(name, architecture) for name in hf_names(architecture)}
         missing = [name for name in expected if name not in self._where]
         ignorable = {"lm_head.weight"} if architecture.tied else set()
@@ -36,14 +42,17 @@ class SafetensorsSource:
         unknown = [name for name in unknown if not name.endswith("rotary_emb.inv_freq")]
         if missing or unknown:
             raise ConfigError(
-                f"{path} does not hold the tensors that its config.json promises: missing {missing[:5]} "
+                f"{path} does not hold the tensors that its config.json promises: missing "
+                f"{missing[:5]} "
                 f"({len(missing)} in all), unexpected {unknown[:5]} ({len(unknown)} in all); "
                 "check that the weights and config.json belong together"
             )
         for name, shape in expected.items():
             found = tuple(self._slice(name).get_shape())
             if found != shape:
-                raise ConfigError(f"{self._where[name]}: {name} has shape {found}, config.json asks for {shape}")
+                raise ConfigError(
+                    f"{self._where[name]}: {name} has shape {found}, config.json asks for {shape}"
+                )
 
     def _open(self, file: Path) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -52,7 +61,9 @@ class SafetensorsSource:
             try:
                 self._files[file] = safe_open(str(file), framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ConfigError(f"{file} is missing, truncated or no safetensors file ({error}); fetch it anew") from error
+                raise ConfigError(
+                    f"{file} is missing, truncated or no safetensors file ({error}); fetch it anew"
+                ) from error
         return self._files[file]
 
     def _slice(self, name: str) -> Any:
@@ -61,7 +72,11 @@ class SafetensorsSource:
     def read(self, piece: Piece) -> torch.Tensor:
         """Only the bytes of the slice are read when it runs along axis 0."""
         tensor = self._slice(piece.hf_name)
-        return tensor[piece.start : piece.stop] if piece.axis == 0 else tensor[:, piece.start : piece.stop]
+        return (
+            tensor[piece.start : piece.stop]
+            if piece.axis == 0
+            else tensor[:, piece.start : piece.stop]
+        )
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -71,7 +86,8 @@ def _shards(folder: Path) -> list[Path]:
     if not index.is_file():
         raise ConfigError(
             f"{folder} holds neither model.safetensors nor model.safetensors.index.json; "
-            "point model.path at a Hugging Face checkpoint, or set model.init=random to draw the weights"
+            "point model.path at a Hugging Face checkpoint, or set model.init=random to draw the "
+            "weights"
         )
     try:
         names = json.loads(index.read_text())["weight_map"].values()
@@ -81,8 +97,10 @@ def _shards(folder: Path) -> list[Path]:
 
 
 class RandomSource:
-    """Fresh weights: normal with std 0.02 (projections into the residual stream scaled by 1/sqrt(2L)), norms one,
-    biases zero. A tensor depends on the seed and its name alone, so every layout draws the same model."""
+    """Fresh weights: normal with std 0.02 (projections into the residual stream scaled by
+    1/sqrt(2L)), norms one, biases zero. A tensor depends on the seed and its name alone, so every
+    layout draws the same
+    model."""
 
     def __init__(self, architecture: Architecture, seed: int) -> None:
         self._architecture, self._seed = architecture, seed
@@ -105,7 +123,11 @@ class RandomSource:
 
 def open_source(path: str, init: str, architecture: Architecture, seed: int) -> Source:
     """The source that ModelConfig names: `load` reads files, `random` draws."""
-    return SafetensorsSource(path, architecture) if init == "load" else RandomSource(architecture, seed)
+    return (
+        SafetensorsSource(path, architecture)
+        if init == "load"
+        else RandomSource(architecture, seed)
+    )
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """mcore <-> Hugging Face names and layouts: one table, read in both directions.
 
-Every parameter of a rank is the concatenation, along one axis, of *pieces*: slices of Hugging Face tensors.
-Loading reads the pieces and joins them; exporting cuts the parameter and puts the pieces back. Layouts:
+Every parameter of a rank is the concatenation, along one axis, of *pieces*: slices of Hugging Face
+tensors. Loading reads the pieces and joins them; exporting cuts the parameter and puts the pieces
+back. Layouts:
 
 - whole     the same on every tensor rank
 - rows      cut along axis 0 (column-parallel layers); missing rows are vocabulary padding
@@ -42,7 +43,10 @@ class Row:
 _A, _M = "decoder.layers.{i}.self_attention.", "decoder.layers.{i}.mlp."
 _HA, _HM = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
 _QKV = (_HA + "q_proj.{p}", _HA + "k_proj.{p}", _HA + "v_proj.{p}")
-_INPUT_NORM, _MLP_NORM = ("model.layers.{i}.input_layernorm.weight",), ("model.layers.{i}.post_attention_layernorm.weight",)
+_INPUT_NORM, _MLP_NORM = (
+    ("model.layers.{i}.input_layernorm.weight",),
+    ("model.layers.{i}.post_attention_layernorm.weight",),
+)
 
 TABLE = (
     Row("embedding.word_embeddings.weight", "rows", ("model.embed_tokens.weight",)),
@@ -94,9 +98,13 @@ def hf_names(a: Architecture) -> list[str]:
     """Every tensor that a checkpoint of this architecture holds, in the model's order."""
     names: dict[str, None] = {}
     for row in TABLE:
-        if (".bias" in row.mcore and not a.family.qkv_bias) or ("k_norm" in row.hf[0] and not a.family.qk_norm):
+        if (".bias" in row.mcore and not a.family.qkv_bias) or (
+            "k_norm" in row.hf[0] and not a.family.qk_norm
+        ):
             continue
-        if ("q_norm" in row.hf[0] and not a.family.qk_norm) or (row.mcore == "output_layer.weight" and a.tied):
+        if ("q_norm" in row.hf[0] and not a.family.qk_norm) or (
+            row.mcore == "output_layer.weight" and a.tied
+        ):
             continue
         layers = range(a.layers) if "{i}" in row.mcore else range(1)
         names.update({hf.replace("{i}", str(i)): None for i in layers for hf in row.hf})
@@ -108,7 +116,9 @@ def pieces(mcore_name: str, a: Architecture, tensor_rank: int, tensor_size: int)
     layer = re.search(r"\.layers\.(\d+)\.", mcore_name)
     row = _BY_NAME.get(re.sub(r"\.layers\.\d+\.", ".layers.{i}.", mcore_name))
     if row is None:
-        raise ValueError(f"parameter {mcore_name!r} has no row in rest_mega.sync.names.TABLE; add one")
+        raise ValueError(
+            f"parameter {mcore_name!r} has no row in rest_mega.sync.names.TABLE; add one"
+        )
     names = [hf.replace("{i}", layer.group(1) if layer else "") for hf in row.hf]
     if row.mcore == "output_layer.weight" and a.tied:
         names = ["model.embed_tokens.weight"]

@@ -1,4 +1,5 @@
-"""The trainer's parameters -> the rollout engine, once a step; the engine answers with what it took."""
+"""The trainer's parameters -> the rollout engine, once a step; the engine answers with what it
+took."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ from rest_mega.sync.export import Exporter
 
 
 def publish(exporter: Exporter, engine: Engine | None, version: int) -> None:
-    """Load the current parameters into the lead's engine under `version`; collective over the replica.
+    """Load the current parameters into the lead's engine under `version`; collective over the
+    replica.
 
-    `engine` is None on ranks that are not leads. RuntimeError when the engine did not take every tensor.
+    `engine` is None on ranks that are not leads. RuntimeError when the engine did not take every
+    tensor.
     """
     tensors = exporter.stream()
     if engine is None:
@@ -18,4 +21,6 @@ def publish(exporter: Exporter, engine: Engine | None, version: int) -> None:
         return
     engine.load_parameters(tensors, version)
     if engine.version != version:
-        raise RuntimeError(f"the engine serves version {engine.version} after loading version {version}")
+        raise RuntimeError(
+            f"the engine serves version {engine.version} after loading version {version}"
+        )

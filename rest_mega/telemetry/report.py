@@ -1,4 +1,5 @@
-"""The run's files -> report.html: one self-contained page with curves and trajectories, and the final line."""
+"""The run's files -> report.html: one self-contained page with curves and trajectories, and the
+final line."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def write_report(run_dir: Path) -> Path:
         "title": str(run_dir),
         "config": run["config"],
     }
-    page = resources.files("rest_mega.telemetry").joinpath("report.html").read_text(encoding="utf-8")
+    page = (
+        resources.files("rest_mega.telemetry").joinpath("report.html").read_text(encoding="utf-8")
+    )
     page = page.replace("__TITLE__", html.escape(str(run_dir))).replace("__DATA__", embed(data))
     path = run_dir / "report.html"
     partial = path.with_suffix(".partial")
@@ -56,13 +59,16 @@ def outcome(run_dir: Path) -> dict[str, list[float]]:
     for row in read_rows(run_dir / METRICS):
         for name, value in row.items():
             if name.startswith("eval/") and name.endswith("_success") and value is not None:
-                first = found.setdefault(name.removeprefix("eval/").removesuffix("_success"), [value, value])
+                first = found.setdefault(
+                    name.removeprefix("eval/").removesuffix("_success"), [value, value]
+                )
                 first[1] = value
     return found
 
 
 def summary_line(run_dir: Path) -> str:
-    """The one line at the end of a run: held-out success before and after, and where the report is."""
+    """The one line at the end of a run: held-out success before and after, and where the report
+    is."""
     changes = [f"{mode} {a:.1%} -> {b:.1%}" for mode, (a, b) in outcome(run_dir).items()]
     success = f"held-out success: {', '.join(changes)}; " if changes else ""
     return f"{success}report: {run_dir / 'report.html'}"

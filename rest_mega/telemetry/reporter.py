@@ -1,4 +1,5 @@
-"""Reporter: phases and metrics of every step -> progress bar, metrics.jsonl, TensorBoard, trajectories.jsonl."""
+"""Reporter: phases and metrics of every step -> progress bar, metrics.jsonl, TensorBoard,
+trajectories.jsonl."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from typing import Any
 
 from rest_mega.config import TelemetryConfig
 
-METRICS, TRAJECTORIES, EVENTS, RUN = "metrics.jsonl", "trajectories.jsonl", "events.jsonl", "run.json"
+METRICS, TRAJECTORIES, EVENTS, RUN = (
+    "metrics.jsonl",
+    "trajectories.jsonl",
+    "events.jsonl",
+    "run.json",
+)
 
 LIVE = (
     ("reward/mean", "reward {:.2f}"),
@@ -39,7 +45,8 @@ class Reporter:
         region_names: Sequence[str] = (),
         config_tree: Mapping[str, Any] | None = None,
     ) -> None:
-        """`resume_step`: the step that a checkpoint resumed from; what was reported after it is dropped."""
+        """`resume_step`: the step that a checkpoint resumed from; what was reported after it is
+        dropped."""
         self._active, self._dir, self._config = active, run_dir, config
         self._seconds: dict[str, float] = {}
         self._bar: Any = None
@@ -50,17 +57,23 @@ class Reporter:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, TRAJECTORIES):
             _drop_after(run_dir / name, -1 if resume_step is None else resume_step)
-        (run_dir / RUN).write_text(json.dumps({"regions": list(region_names), "config": config_tree or {}}, indent=1))
+        (run_dir / RUN).write_text(
+            json.dumps({"regions": list(region_names), "config": config_tree or {}}, indent=1)
+        )
         self._open_console(total_steps, resume_step or 0)
         if config.tensorboard:
             self._board = _tensorboard(run_dir / "tensorboard", resume_step)
 
     def _open_console(self, total: int, done: int) -> None:
-        live = self._config.console == "bar" or (self._config.console == "auto" and sys.stderr.isatty())
+        live = self._config.console == "bar" or (
+            self._config.console == "auto" and sys.stderr.isatty()
+        )
         if live:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1)
+            self._bar = tqdm(
+                total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1
+            )
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -73,8 +86,14 @@ class Reporter:
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def step(self, step: int, metrics: Mapping[str, float], trajectories: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Report one step (or an evaluation at a step) with the phases timed since the last report."""
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        trajectories: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Report one step (or an evaluation at a step) with the phases timed since the last
+        report."""
         seconds, self._seconds = self._seconds, {}
         if not self._active:
             return
@@ -91,15 +110,20 @@ class Reporter:
         self._show(step, row)
 
     def _show(self, step: int, row: Mapping[str, float]) -> None:
-        evaluation = {k: v for k, v in row.items() if k.startswith("eval/") and k.endswith("_success")}
+        evaluation = {
+            k: v for k, v in row.items() if k.startswith("eval/") and k.endswith("_success")
+        }
         if evaluation:
-            self._say(f"step {step}: held-out " + ", ".join(f"{_mode(k)} success {v:.1%}" for k, v in evaluation.items()))
+            self._say(
+                f"step {step}: held-out "
+                + ", ".join(f"{_mode(k)} success {v:.1%}" for k, v in evaluation.items())
+            )
         parts = [text.format(row[name]) for name, text in LIVE if name in row]
         parts += [f"{row['tokens/s']:.0f} tok/s"] if "tokens/s" in row else []
         if "train/loss" not in row:
             return
         if self._bar is not None:
-            self._bar.set_postfix_str(" ".join(parts + [_regions(row)]).strip(), refresh=False)
+            self._bar.set_postfix_str(" ".join([*parts, _regions(row)]).strip(), refresh=False)
             self._bar.update(step - self._bar.n)
         else:
             self._say(f"step {step}: " + ", ".join(parts))
@@ -134,7 +158,11 @@ def _mode(name: str) -> str:
 def _regions(row: Mapping[str, float]) -> str:
     """Entropies of the regions that tell most, compact: `H name .03 args .12 think .41`."""
     short = {"TOOL_NAME": "name", "ARG_VALUE": "args", "REASONING": "think", "ANSWER": "answer"}
-    shown = [f"{text} {row[f'entropy/{name}']:.2f}" for name, text in short.items() if f"entropy/{name}" in row]
+    shown = [
+        f"{text} {row[f'entropy/{name}']:.2f}"
+        for name, text in short.items()
+        if f"entropy/{name}" in row
+    ]
     return "H " + " ".join(shown) if shown else ""
 
 

@@ -1,14 +1,16 @@
 """Leaf modules for runs without Transformer Engine: RMSNorm and packed SDPA attention.
 
-- `RMSNorm` marks its weight `sequence_parallel`, so mcore all-reduces the gradient over the TP group
-  (mcore's own torch norm refuses sequence parallelism).
-- `PackedAttention` computes causal attention inside each packed sequence (`thd`) with torch's scaled dot
-  product, grouped queries included. Under context parallelism each rank holds chunks r and 2C-1-r of every
-  sequence (mcore's and Transformer Engine's zig-zag layout) and gathers keys and values over the CP group.
+- `RMSNorm` marks its weight `sequence_parallel`, so mcore all-reduces the gradient over the TP
+  group (mcore's own torch norm refuses sequence parallelism).
+- `PackedAttention` computes causal attention inside each packed sequence (`thd`) with torch's
+  scaled dot product, grouped queries included. Under context parallelism each rank holds chunks r
+  and 2C-1-r of every sequence (mcore's and Transformer Engine's zig-zag layout) and gathers keys
+  and values over the CP group.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -58,16 +60,21 @@ class PackedAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """query [T, heads, d], key and value [T, groups, d] -> [T, heads * d]; T is this rank's tokens."""
+        """query [T, heads, d], key and value [T, groups, d] -> [T, heads * d]; T is this rank's
+        tokens."""
         assert packed_seq_params is not None, "PackedAttention needs packed sequences"
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         attend = self._attend_context if self.context is not None else self._attend
         out = attend(query, key, value, bounds)
         return out.reshape(out.shape[0], -1)
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int]) -> torch.Tensor:
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int]
+    ) -> torch.Tensor:
         parts = [
-            self._causal(query[a:b], key[a:b], value[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a
+            self._causal(query[a:b], key[a:b], value[a:b])
+            for a, b in itertools.pairwise(bounds)
+            if b > a
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -90,13 +97,13 @@ class PackedAttention(torch.nn.Module):
         assert self.context is not None
         size, rank = self.context.size(), self.context.rank()
         keys, values = (
-            gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.context).view(
-                size, *x.shape
-            )
+            gather_from_sequence_parallel_region(
+                x, tensor_parallel_output_grad=True, group=self.context
+            ).view(size, *x.shape)
             for x in (key, value)
         )
         parts = []
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+        for a, b in itertools.pairwise(bounds):
             low, chunk = a // size, (b - a) // (2 * size)
             whole_k, whole_v = (_unzigzag(x[:, low : low + 2 * chunk]) for x in (keys, values))
             for half, index in enumerate((rank, 2 * size - 1 - rank)):

@@ -1,8 +1,10 @@
-"""Checkpoints: parameters and optimizer state as a Megatron distributed checkpoint, plus the run's own state.
+"""Checkpoints: parameters and optimizer state as a Megatron distributed checkpoint, plus the run's
+own state.
 
-A checkpoint is a folder RUN/checkpoints/step_NNNNNNNN that appears whole: it is written under another name
-and renamed when every rank has written its part. It loads at any TP, PP, VPP and DP. `run_state.json` holds
-what is not a tensor (step, version, prompt cursor, entropy statistics, config) as plain JSON.
+A checkpoint is a folder RUN/checkpoints/step_NNNNNNNN that appears whole: it is written under
+another name and renamed when every rank has written its part. It loads at any TP, PP, VPP and DP.
+`run_state.json` holds what is not a tensor (step, version, prompt cursor, entropy statistics,
+config) as plain JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ _STATE = "run_state.json"
 
 def newest(run_dir: Path) -> Path | None:
     """The complete checkpoint with the highest step in `run_dir`, or None."""
-    found = [p for p in (run_dir / "checkpoints").glob("step_*") if (p / _STATE).is_file() and _step(p) is not None]
+    found = [
+        p
+        for p in (run_dir / "checkpoints").glob("step_*")
+        if (p / _STATE).is_file() and _step(p) is not None
+    ]
     return max(found, key=lambda p: _step(p) or 0, default=None)
 
 
@@ -41,7 +47,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / _STATE).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{folder / _STATE} cannot be read ({error}); move {folder} away to resume from the checkpoint before it, "
+            f"{folder / _STATE} cannot be read ({error}); move {folder} away to resume from the "
+            "checkpoint before it, "
             "or start anew with run.fresh=true"
         ) from error
     assert isinstance(state, dict), state
@@ -49,7 +56,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def save(trainer: Trainer, run_dir: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `step` and remove all but the newest `keep`; every rank calls it together."""
+    """Write the checkpoint of `step` and remove all but the newest `keep`; every rank calls it
+    together."""
     from megatron.core import dist_checkpointing
 
     parallel = trainer.parallel
@@ -59,7 +67,9 @@ def save(trainer: Trainer, run_dir: Path, step: int, state: Mapping[str, Any], k
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     parallel.barrier()
-    dist_checkpointing.save(_sharded(trainer, is_loading=False), str(partial), **_sync_options(dist_checkpointing.save))
+    dist_checkpointing.save(
+        _sharded(trainer, is_loading=False), str(partial), **_sync_options(dist_checkpointing.save)
+    )
     parallel.barrier()
     if parallel.is_head:
         whole = dict(state) | {"step": step, "optimizer_steps": trainer.optimizer_steps}
@@ -72,19 +82,27 @@ def save(trainer: Trainer, run_dir: Path, step: int, state: Mapping[str, Any], k
 
 
 def _sync_options(save_function: Any) -> dict[str, Any]:
-    """mcore 0.17 and later choose an asynchronous strategy that needs another package unless told otherwise."""
-    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save_function).parameters else {}
+    """mcore 0.17 and later choose an asynchronous strategy that needs another package unless told
+    otherwise."""
+    return (
+        {"async_strategy": "mcore"}
+        if "async_strategy" in inspect.signature(save_function).parameters
+        else {}
+    )
 
 
 def _prune(folder: Path, keep: int) -> None:
-    complete = sorted((p for p in folder.glob("step_*") if _step(p) is not None), key=lambda p: _step(p) or 0)
+    complete = sorted(
+        (p for p in folder.glob("step_*") if _step(p) is not None), key=lambda p: _step(p) or 0
+    )
     for old in complete[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 @torch.no_grad()
 def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Set parameters, optimizer state and step count from `folder`; returns the run state. Any layout loads any.
+    """Set parameters, optimizer state and step count from `folder`; returns the run state. Any
+    layout loads any.
 
     ConfigError when files are missing, truncated, or of another model.
     """
@@ -95,8 +113,10 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
         loaded = dist_checkpointing.load(_sharded(trainer, is_loading=True), str(folder))
     except Exception as error:
         raise ConfigError(
-            f"checkpoint {folder} does not load ({type(error).__name__}: {error}); if files are damaged, move it away to "
-            "resume from the one before; if the model changed, use another run.dir or run.fresh=true"
+            f"checkpoint {folder} does not load ({type(error).__name__}: {error}); if files are "
+            "damaged, move it away to "
+            "resume from the one before; if the model changed, use another run.dir or "
+            "run.fresh=true"
         ) from error
     for index, module in enumerate(trainer.modules):
         module.load_state_dict(loaded[f"model{index}"])
@@ -111,6 +131,10 @@ def _sharded(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
         "dp_cp_group": trainer.parallel.groups.dp_cp,
         "chained_optim_avoid_prefix": True,
     }
-    models = {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(trainer.modules)}
-    optimizer = trainer.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+    models = {
+        f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(trainer.modules)
+    }
+    optimizer = trainer.optimizer.sharded_state_dict(
+        models, is_loading=is_loading, metadata=metadata
+    )
     return {**models, "optimizer": optimizer}

@@ -1,13 +1,14 @@
 """CUDA or CPU: the device of this process, and all that megatron-core needs to run on a CPU.
 
-`adapt_mcore()` must run before anything else imports `megatron.core` (`trainer/__init__` sees to it).
-Where CUDA is present it does nothing. On a CPU it changes no file and leaves `torch` as it is:
+`adapt_mcore()` must run before anything else imports `megatron.core` (`trainer/__init__` sees to
+it). Where CUDA is present it does nothing. On a CPU it changes no file and leaves `torch` as it is:
 
 - mcore's modules get a *view* of torch as their global `torch`: the same functions, but its `cuda`
   answers for the CPU and factories accept `device="cuda"`; no cost per operation.
-- `torch.compile` is the identity while mcore is imported (mcore fuses with it at import; it would load
-  the compiler into every process and need a C++ compiler at run time).
-- five private places of mcore that cannot work on a CPU are replaced, each named below with its reason.
+- `torch.compile` is the identity while mcore is imported (mcore fuses with it at import; it would
+  load the compiler into every process and need a C++ compiler at run time).
+- five private places of mcore that cannot work on a CPU are replaced, each named below with its
+  reason.
 """
 
 from __future__ import annotations
@@ -27,7 +28,19 @@ import torch
 
 from rest_mega.config import ConfigError
 
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "zeros_like", "empty_like", "eye")
+_FACTORIES = (
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "rand",
+    "randn",
+    "zeros_like",
+    "empty_like",
+    "eye",
+)
 _CUDA_TYPE = {
     torch.float32: "torch.cuda.FloatTensor",
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
@@ -55,12 +68,19 @@ _MCORE_MODULES = (
 
 
 def resolve(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> the device of this process; ConfigError where CUDA is asked for and absent."""
+    """`auto`, `cpu` or `cuda` -> the device of this process; ConfigError where CUDA is asked for
+    and absent."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise ConfigError("run.device=cuda, but torch sees no CUDA device; use run.device=auto or install a CUDA torch")
+        raise ConfigError(
+            "run.device=cuda, but torch sees no CUDA device; use run.device=auto or install a "
+            "CUDA torch"
+        )
     if name == "cpu" and available:
-        raise ConfigError("run.device=cpu on a machine with GPUs: hide them with CUDA_VISIBLE_DEVICES='' or use auto")
+        raise ConfigError(
+            "run.device=cpu on a machine with GPUs: hide them with CUDA_VISIBLE_DEVICES='' or "
+            "use auto"
+        )
     return torch.device("cuda", torch.cuda.current_device()) if available else torch.device("cpu")
 
 
@@ -84,7 +104,11 @@ def adapt_mcore() -> None:
     if torch.cuda.is_available():
         return
     with _identity_compile(), _triton_stub():
-        loaded = [importlib.import_module(f"megatron.core.{name}") for name in _MCORE_MODULES if _exists(name)]
+        loaded = [
+            importlib.import_module(f"megatron.core.{name}")
+            for name in _MCORE_MODULES
+            if _exists(name)
+        ]
     assert loaded
     _give_view()
     torch.Tensor.cuda = _as_is  # type: ignore[method-assign, assignment]  # on a CPU it could only raise
@@ -113,9 +137,10 @@ def _identity_compile() -> Iterator[None]:
     def identity(model: Any = None, **_: object) -> Any:
         return model if model is not None else (lambda function: function)
 
-    # Load the compiler's front end first: optimizers import it later and it must see the true torch.
+    # Load the compiler's front end first: optimizers import it later and it must see the true
+    # torch.
     importlib.import_module("torch._dynamo")
-    compile_, torch.compile = torch.compile, identity  # type: ignore[assignment]
+    compile_, torch.compile = torch.compile, identity
     try:
         yield
     finally:
@@ -126,7 +151,10 @@ def _identity_compile() -> Iterator[None]:
 def _triton_stub() -> Iterator[None]:
     """mcore 0.18 and 0.19 import triton unconditionally; no kernel of it runs on a CPU."""
     version = importlib.metadata.version("megatron-core").split(".")
-    if importlib.util.find_spec("triton") is not None or (int(version[0]), int(version[1])) < (0, 18):
+    if importlib.util.find_spec("triton") is not None or (int(version[0]), int(version[1])) < (
+        0,
+        18,
+    ):
         yield
         return
     names = ("triton", "triton.language")
@@ -221,10 +249,11 @@ def _give_view() -> None:
 
 
 def _adapt_random() -> None:
-    """Random states come from the CPU generator; mcore's tracker would warn that the CPU state changed."""
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    """Random states come from the CPU generator; mcore's tracker would warn that the CPU state
+    changed."""
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
 
-    class CpuRngTracker(random.CudaRNGStatesTracker):  # type: ignore[misc, name-defined]
+    class CpuRngTracker(random.CudaRNGStatesTracker):  # type: ignore[misc]
         @contextlib.contextmanager
         def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
             before = torch.get_rng_state()
@@ -242,7 +271,8 @@ def _adapt_random() -> None:
 
 
 def _adapt_optimizer() -> None:
-    """mcore tells parameters apart by `tensor.type()` and expects FusedAdam's per-group step count."""
+    """mcore tells parameters apart by `tensor.type()` and expects FusedAdam's per-group step
+    count."""
     optimizer = importlib.import_module("megatron.core.optimizer")
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     plain = importlib.import_module("megatron.core.optimizer.optimizer")
@@ -282,7 +312,8 @@ def _as_cuda_types(function: Any) -> Any:
 
 
 def _adapt_moe() -> None:
-    """Split sizes must be Python integers for gloo; names that only Transformer Engine defines are None."""
+    """Split sizes must be Python integers for gloo; names that only Transformer Engine defines are
+    None."""
     utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     for name in ("te_general_gemm", "fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss"):
         if not hasattr(utils, name):
@@ -297,7 +328,8 @@ def _adapt_moe() -> None:
 
 
 def _adapt_checkpointing() -> None:
-    """The writer's result queue is made by a spawned manager (10 s of imports per rank); fork it instead."""
+    """The writer's result queue is made by a spawned manager (10 s of imports per rank); fork it
+    instead."""
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     for name in ("_get_write_results_queue", "get_write_results_queue"):
         if hasattr(writer, name):

@@ -12,7 +12,8 @@ from rest_mega.trainer.parallel import Parallel
 
 
 def share_samples(parallel: Parallel, samples: Sequence[Sample] | None) -> list[Sample] | None:
-    """The lead's samples on every rank of its replica; None from the lead (a stop) arrives as None."""
+    """The lead's samples on every rank of its replica; None from the lead (a stop) arrives as
+    None."""
     arrays = None
     if parallel.is_lead:
         arrays = {"stop": np.array([samples is None])} | (_flatten(samples) if samples else {})
@@ -35,5 +36,8 @@ def _flatten(samples: Sequence[Sample]) -> dict[str, np.ndarray[Any, Any]]:
 
 def _restore(arrays: dict[str, np.ndarray[Any, Any]]) -> list[Sample]:
     cuts = np.cumsum(arrays["lengths"])[:-1]
-    columns = [np.split(arrays[name], cuts) for name in ("ids", "mask", "regions", "logprobs")]
-    return [Sample(*row, float(a)) for *row, a in zip(*columns, arrays["advantages"], strict=True)]
+    ids, mask, regions, logprobs = (
+        np.split(arrays[name], cuts) for name in ("ids", "mask", "regions", "logprobs")
+    )
+    columns = zip(ids, mask, regions, logprobs, arrays["advantages"], strict=True)
+    return [Sample(i, m, r, lp, float(a)) for i, m, r, lp, a in columns]

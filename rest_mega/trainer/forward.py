@@ -1,7 +1,8 @@
-"""mcore's forward_step: unpack a micro-batch, run the chunk, pick the trained rows, hand them to a loss closure.
+"""mcore's forward_step: unpack a micro-batch, run the chunk, pick the trained rows, hand them to a
+loss closure.
 
-The only place that meets mcore's `[s, b, h]`. Rows whose loss mask is 0 (prompts, tool outputs, padding)
-never reach the LM head.
+The only place that meets mcore's `[s, b, h]`. Rows whose loss mask is 0 (prompts, tool outputs,
+padding) never reach the LM head.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from rest_mega.trainer.model import head_weight
 from rest_mega.trainer.parallel import Parallel
 
 RowLoss = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(index of the micro-batch, logprob_R, entropy_R) -> scalar, already divided by the global denominator."""
+"""(index of the micro-batch, logprob_R, entropy_R) -> scalar, already divided by the global
+denominator."""
 
 
 def local_part(batch: Microbatch, parallel: Parallel) -> Microbatch:
-    """The tokens of `batch` that this context-parallel rank computes; `lengths_S` stays that of whole sequences.
+    """The tokens of `batch` that this context-parallel rank computes; `lengths_S` stays that of
+    whole sequences.
 
-    Every sequence is padded to a multiple of 2 C and cut into 2 C chunks, of which rank r takes r and
-    2C-1-r (mcore's zig-zag: equal work under a causal mask). Without context parallelism: `batch` itself.
+    Every sequence is padded to a multiple of 2 C and cut into 2 C chunks, of which rank r takes r
+    and 2C-1-r (mcore's zig-zag: equal work under a causal mask). Without context parallelism:
+    `batch` itself.
     """
     size, rank = parallel.config.context, parallel.context_rank
     if size == 1:
@@ -73,12 +77,16 @@ class Runner:
     temperature: float
 
     def train(self, batches: Sequence[Microbatch], loss: RowLoss) -> None:
-        """Forward and backward of all micro-batches, gradients reduced and ready for the optimizer."""
+        """Forward and backward of all micro-batches, gradients reduced and ready for the
+        optimizer."""
         self._schedule(batches, loss, forward_only=False)
 
     @torch.no_grad()
-    def score(self, batches: Sequence[Microbatch], keep: Callable[[int, torch.Tensor, torch.Tensor], None]) -> None:
-        """Forward only; `keep(index, logprob_R, entropy_R)` is called for every micro-batch on the last stage."""
+    def score(
+        self, batches: Sequence[Microbatch], keep: Callable[[int, torch.Tensor, torch.Tensor], None]
+    ) -> None:
+        """Forward only; `keep(index, logprob_R, entropy_R)` is called for every micro-batch on the
+        last stage."""
 
         def loss(index: int, logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> torch.Tensor:
             keep(index, logprob_R, entropy_R)
@@ -86,12 +94,16 @@ class Runner:
 
         self._schedule(batches, loss, forward_only=True)
 
-    def _schedule(self, batches: Sequence[Microbatch], loss: RowLoss, *, forward_only: bool) -> None:
+    def _schedule(
+        self, batches: Sequence[Microbatch], loss: RowLoss, *, forward_only: bool
+    ) -> None:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         iterators = [iter(enumerate(batches)) for _ in self.chunks]
 
-        def forward_step(iterator: Iterator[tuple[int, Microbatch]], chunk: Any) -> tuple[torch.Tensor, Any]:
+        def forward_step(
+            iterator: Iterator[tuple[int, Microbatch]], chunk: Any
+        ) -> tuple[torch.Tensor, Any]:
             index, batch = next(iterator)
             hidden = _forward(chunk, batch, self.parallel.device)
             return hidden, lambda output: self._loss(index, batch, output, chunk, loss)
@@ -110,19 +122,26 @@ class Runner:
     def _loss(
         self, index: int, batch: Microbatch, hidden: torch.Tensor, chunk: Any, loss: RowLoss
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-        """mcore's (loss, tokens, report): zero tokens keep mcore from dividing, the loss has its denominator."""
+        """mcore's (loss, tokens, report): zero tokens keep mcore from dividing, the loss has its
+        denominator."""
         logprob_R, entropy_R = self._rows(batch, hidden, unwrap(chunk))
         value = loss(index, logprob_R, entropy_R)
         return value, torch.zeros((), dtype=torch.int, device=hidden.device), {}
 
-    def _rows(self, batch: Microbatch, hidden: torch.Tensor, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rows(
+        self, batch: Microbatch, hidden: torch.Tensor, model: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
         tensor, sequence = self.parallel.groups.tp, self.parallel.config.sequence
         if sequence:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tensor)
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=tensor
+            )
         rows = torch.from_numpy(np.flatnonzero(batch.mask_T)).to(hidden.device)
-        targets_R = torch.from_numpy(batch.targets_T[batch.mask_T].astype(np.int64)).to(hidden.device)
+        targets_R = torch.from_numpy(batch.targets_T[batch.mask_T].astype(np.int64)).to(
+            hidden.device
+        )
         weight_VD = head_weight(model)
         return linear_logprob_entropy(
             hidden.squeeze(1).index_select(0, rows),
@@ -149,9 +168,16 @@ def _forward(chunk: Any, batch: Microbatch, device: torch.device) -> torch.Tenso
     longest = int(batch.lengths_S.max())
     bounds = bounds.to(device)
     packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )
     ids, positions = (
-        torch.from_numpy(x.astype(np.int64)).unsqueeze(0).to(device) for x in (batch.ids_T, batch.positions_T)
+        torch.from_numpy(x.astype(np.int64)).unsqueeze(0).to(device)
+        for x in (batch.ids_T, batch.positions_T)
     )
-    return chunk(input_ids=ids, position_ids=positions, attention_mask=None, packed_seq_params=packed)
+    return chunk(
+        input_ids=ids, position_ids=positions, attention_mask=None, packed_seq_params=packed
+    )

@@ -1,7 +1,8 @@
-"""ModelConfig -> this rank's chunks of a megatron-core GPTModel, shaped after a Hugging Face config.
+"""ModelConfig -> this rank's chunks of a megatron-core GPTModel, shaped after a Hugging Face
+config.
 
-The one place that knows model families and layer specs. A chunk returns hidden states on the last stage,
-not logits: the head of `losses.head` takes the trained rows alone and never stores logits.
+The one place that knows model families and layer specs. A chunk returns hidden states on the last
+stage, not logits: the head of `losses.head` takes the trained rows alone and never stores logits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from rest_mega.config import ConfigError, ModelConfig, ParallelConfig, require
 from rest_mega.trainer.parallel import Parallel
 
 VOCABULARY_MULTIPLE = 128
-"""Embedding rows are padded to this multiple (times TP beyond it), whatever the layout, as Megatron does."""
+"""Embedding rows are padded to this multiple (times TP beyond it), whatever the layout, as Megatron
+does."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,26 @@ class Architecture:
         _divides("parallel.pipeline x parallel.virtual_pipeline", stages, "layers", self.layers)
         require(
             self.kv_heads % tp == 0 or tp % self.kv_heads == 0,
-            f"parallel.tensor={tp} and {self.kv_heads} key-value heads: one must be a multiple of the other",
+            f"parallel.tensor={tp} and {self.kv_heads} key-value heads: one must be a multiple "
+            "of the other",
         )
-        require(parallel.expert == 1, f"parallel.expert={parallel.expert} needs a mixture-of-experts model; use 1")
+        require(
+            parallel.expert == 1,
+            f"parallel.expert={parallel.expert} needs a mixture-of-experts model; use 1",
+        )
 
 
 def _divides(key: str, value: int, what: str, size: int) -> None:
     good = [d for d in range(1, size + 1) if size % d == 0]
-    require(size % value == 0, f"{key}={value} does not divide the model's {size} {what}; use one of {good}")
+    require(
+        size % value == 0,
+        f"{key}={value} does not divide the model's {size} {what}; use one of {good}",
+    )
 
 
 def read_architecture(path: str) -> Architecture:
-    """The sizes in `path`/config.json; ConfigError for an unknown family or an unsupported feature."""
+    """The sizes in `path`/config.json; ConfigError for an unknown family or an unsupported
+    feature."""
     from transformers import AutoConfig
 
     try:
@@ -89,7 +99,9 @@ def read_architecture(path: str) -> Architecture:
         raise ConfigError(f"model.path={path!r} holds no readable config.json ({error})") from error
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise ConfigError(f"model.path={path!r} is of family {config.model_type!r}; known: {', '.join(FAMILIES)}")
+        raise ConfigError(
+            f"model.path={path!r} is of family {config.model_type!r}; known: {', '.join(FAMILIES)}"
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     unsupported = {
         "sliding-window attention": bool(getattr(config, "sliding_window", None))
@@ -99,7 +111,10 @@ def read_architecture(path: str) -> Architecture:
         "mlp_bias": bool(getattr(config, "mlp_bias", False)),
         f"hidden_act={config.hidden_act}": config.hidden_act != "silu",
     }
-    require(not any(unsupported.values()), f"{path}/config.json: {[k for k, v in unsupported.items() if v]} not supported")
+    require(
+        not any(unsupported.values()),
+        f"{path}/config.json: {[k for k, v in unsupported.items() if v]} not supported",
+    )
     return Architecture(
         family=family,
         layers=config.num_hidden_layers,
@@ -125,7 +140,10 @@ def _rope(config: Any, head_dim: int, path: str) -> tuple[float, ...]:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         return tuple((1.0 / rope["rope_theta"] ** exponents).tolist())
     if kind not in ("linear", "llama3"):
-        raise ConfigError(f"{path}/config.json: rope_type={kind!r} is not supported; known: default, linear, llama3")
+        raise ConfigError(
+            f"{path}/config.json: rope_type={kind!r} is not supported; known: default, linear, "
+            "llama3"
+        )
     frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return tuple(frequencies.tolist())
 
@@ -135,7 +153,8 @@ def uses_transformer_engine(config: ModelConfig) -> bool:
     there = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     require(
         config.layers != "te" or there,
-        "model.layers=te needs a CUDA device and transformer-engine: pip install 'rest-mega[gpu]' or model.layers=local",
+        "model.layers=te needs a CUDA device and transformer-engine: pip install "
+        "'rest-mega[gpu]' or model.layers=local",
     )
     return there and config.layers != "local"
 
@@ -188,7 +207,8 @@ def transformer_config(architecture: Architecture, config: ModelConfig, parallel
         "bias_dropout_fusion": cuda,
         "bias_activation_fusion": cuda,
         "apply_rope_fusion": te,
-        "gradient_accumulation_fusion": cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        "gradient_accumulation_fusion": cuda
+        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         "finalize_model_grads_func": finalize_model_grads,
         **_recompute(config.recompute),
     }
@@ -198,14 +218,19 @@ def transformer_config(architecture: Architecture, config: ModelConfig, parallel
 
 def _recompute(mode: str) -> dict[str, Any]:
     if mode == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     return {"recompute_granularity": "selective"} if mode == "selective" else {}
 
 
 def build(architecture: Architecture, config: ModelConfig, parallel: Parallel) -> list[Any]:
     """This rank's model chunks (one, or `virtual_pipeline` many), parameters not yet set.
 
-    Each maps ids_T to hidden states [T, 1, D] (T / TP rows under sequence parallelism) on the last stage.
+    Each maps ids_T to hidden states [T, 1, D] (T / TP rows under sequence parallelism) on the last
+    stage.
     """
     architecture.check(parallel.config)
     mcore = transformer_config(architecture, config, parallel)
@@ -214,7 +239,13 @@ def build(architecture: Architecture, config: ModelConfig, parallel: Parallel) -
     return [_chunk(architecture, config, mcore, parallel, stage) for stage in stages]
 
 
-def _chunk(architecture: Architecture, config: ModelConfig, mcore: Any, parallel: Parallel, stage: int | None) -> Any:
+def _chunk(
+    architecture: Architecture,
+    config: ModelConfig,
+    mcore: Any,
+    parallel: Parallel,
+    stage: int | None,
+) -> Any:
     from megatron.core.models.gpt import GPTModel
 
     class PolicyModel(GPTModel):  # type: ignore[misc]
@@ -241,14 +272,21 @@ def _chunk(architecture: Architecture, config: ModelConfig, mcore: Any, parallel
     return model.to(parallel.device)
 
 
-def _layer_spec(architecture: Architecture, config: ModelConfig, mcore: Any, stage: int | None) -> Any:
+def _layer_spec(
+    architecture: Architecture, config: ModelConfig, mcore: Any, stage: int | None
+) -> Any:
     from megatron.core.models.gpt import gpt_layer_specs as specs
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
 
     from rest_mega.trainer.attention import PackedAttention, RMSNorm
 
     if uses_transformer_engine(config):
-        return specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.family.qk_norm)
+        return specs.get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=architecture.family.qk_norm
+        )
     spec = specs.get_gpt_layer_local_spec(qk_layernorm=architecture.family.qk_norm)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
@@ -260,15 +298,15 @@ def _layer_spec(architecture: Architecture, config: ModelConfig, mcore: Any, sta
 
 
 def _mark_shards(model: Any) -> None:
-    """mcore marks a sharded parameter while it initialises it, which we skip; the gradient norm needs the mark."""
+    """Mark sharded weights for the gradient norm: mcore does so while it initialises them, which we
+    skip; biases it marks in any case."""
     from megatron.core import tensor_parallel as tp
 
     axes = {tp.VocabParallelEmbedding: 0, tp.ColumnParallelLinear: 0, tp.RowParallelLinear: 1}
     for module in model.modules():
-        for parameter in (getattr(module, "weight", None), getattr(module, "bias", None)):
-            if type(module) in axes and isinstance(parameter, torch.nn.Parameter):
-                if parameter.ndim > axes[type(module)]:
-                    tp.set_tensor_model_parallel_attributes(parameter, True, axes[type(module)], 1)
+        axis, weight = axes.get(type(module)), getattr(module, "weight", None)
+        if axis is not None and weight is not None and not hasattr(weight, "partition_dim"):
+            tp.set_tensor_model_parallel_attributes(weight, True, axis, 1)
 
 
 def head_weight(model: Any) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Muon: momentum whose update is orthogonalised, for hidden matrices (Jordan et al., 2024).
 
-The rule of torch.optim.Muon, but the Newton-Schulz iteration runs in the gradient's fp32 on a CPU: torch's runs in
-bf16, whose fused multiply-add has no fast CPU path (20 ms a matrix of 512 x 192 against 1 ms).
+The rule of torch.optim.Muon, but the Newton-Schulz iteration runs in the gradient's fp32 on a CPU:
+torch's runs in bf16, whose fused multiply-add has no fast CPU path (20 ms a matrix of 512 x 192
+against 1 ms).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ STEPS = 5
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised per matrix, scaled by sqrt(max(1, rows / columns))."""
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -36,11 +39,14 @@ class Muon(torch.optim.Optimizer):
         direction = orthogonalise(grad.lerp(buffer, group["momentum"]))
         rows, columns = parameter.shape
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+        parameter.add_(
+            direction.to(parameter.dtype), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5
+        )
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
-    """Nearly the orthogonal factor of `matrix` [m, n]: five quintic Newton-Schulz steps push all singular values to ~1."""
+    """Nearly the orthogonal factor of `matrix` [m, n]: five quintic Newton-Schulz steps push all
+    singular values to ~1."""
     a, b, c = COEFFICIENTS
     x = matrix if matrix.device.type == "cpu" else matrix.bfloat16()
     tall = x.shape[0] > x.shape[1]

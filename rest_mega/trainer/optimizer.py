@@ -1,7 +1,9 @@
-"""OptimizerConfig -> mcore's optimizer over this rank's chunks; clipping and learning-rate schedules.
+"""OptimizerConfig -> mcore's optimizer over this rank's chunks; clipping and learning-rate
+schedules.
 
 Muon orthogonalises the update of each hidden matrix; the shards of
-a tensor-parallel matrix and the joined QKV and gate-up matrices are each orthogonalised as one block.
+a tensor-parallel matrix and the joined QKV and gate-up matrices are each orthogonalised as one
+block.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ _DECAY = {
 
 
 def lr_factor(config: OptimizerConfig, step: int, total: int) -> float:
-    """Learning rate over its peak at 1-based optimizer `step` of `total`: warm-up, then decay to `min_lr_ratio`."""
+    """Learning rate over its peak at 1-based optimizer `step` of `total`: warm-up, then decay to
+    `min_lr_ratio`."""
     if step <= config.warmup_steps:
         return step / config.warmup_steps
     span = max(1, total - config.warmup_steps)
@@ -33,7 +36,8 @@ def lr_factor(config: OptimizerConfig, step: int, total: int) -> float:
 
 
 def wrap(chunks: list[Any], config: OptimizerConfig, parallel: Parallel) -> list[Any]:
-    """Chunks inside mcore's DistributedDataParallel: fp32 gradient buffers, reduced over DP x CP."""
+    """Chunks inside mcore's DistributedDataParallel: fp32 gradient buffers, reduced over DP x
+    CP."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     ddp = DistributedDataParallelConfig(
@@ -43,14 +47,19 @@ def wrap(chunks: list[Any], config: OptimizerConfig, parallel: Parallel) -> list
     )
     return [
         DistributedDataParallel(
-            config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=i > 0, pg_collection=parallel.groups
+            config=chunk.config,
+            ddp_config=ddp,
+            module=chunk,
+            disable_bucketing=i > 0,
+            pg_collection=parallel.groups,
         )
         for i, chunk in enumerate(chunks)
     ]
 
 
 def build(chunks: list[Any], config: OptimizerConfig, parallel: Parallel) -> Any:
-    """mcore's optimizer for wrapped chunks; its parameters' learning rates are set by `set_lr` before each step."""
+    """mcore's optimizer for wrapped chunks; its parameters' learning rates are set by `set_lr`
+    before each step."""
     from megatron.core.optimizer import OptimizerConfig as McoreConfig
     from megatron.core.optimizer import get_megatron_optimizer
 
@@ -71,24 +80,38 @@ def build(chunks: list[Any], config: OptimizerConfig, parallel: Parallel) -> Any
     )
     if config.name == "muon":
         return _muon(chunks, config, settings, parallel)
-    return get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False, pg_collection=parallel.groups)
+    return get_megatron_optimizer(
+        settings, chunks, use_gloo_process_groups=False, pg_collection=parallel.groups
+    )
 
 
 def _muon(chunks: list[Any], config: OptimizerConfig, settings: Any, parallel: Parallel) -> Any:
     from megatron.core.optimizer import ChainedOptimizer, FP32Optimizer
 
     if settings.bf16:
-        raise ConfigError("optimizer.name=muon trains in fp32: set model.dtype=fp32 or another optimizer")
+        raise ConfigError(
+            "optimizer.name=muon trains in fp32: set model.dtype=fp32 or another optimizer"
+        )
     parameters = [p for chunk in chunks for p in chunk.parameters()]
-    matrices = [p for p in parameters if p.ndim == 2 and not getattr(p, "is_embedding_or_output_parameter", False)]
+    matrices = [
+        p
+        for p in parameters
+        if p.ndim == 2 and not getattr(p, "is_embedding_or_output_parameter", False)
+    ]
     rest = [p for p in parameters if all(p is not m for m in matrices)]
     muon = Muon([_group(matrices, 1.0)], lr=config.muon_lr, weight_decay=config.weight_decay)
     wide, narrow = ([p for p in rest if (p.ndim > 1) is many] for many in (True, False))
-    groups = [_group(g, decay, weight_decay=config.weight_decay * decay) for g, decay in ((wide, 1.0), (narrow, 0.0)) if g]
+    groups = [
+        _group(g, decay, weight_decay=config.weight_decay * decay)
+        for g, decay in ((wide, 1.0), (narrow, 0.0))
+        if g
+    ]
     adam = GroupStepAdam(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
     parts = [
         FP32Optimizer(muon, settings, lambda inner, _: _fill_state(inner, ("momentum_buffer",))),
-        FP32Optimizer(adam, settings, lambda inner, _: _fill_state(inner, ("exp_avg", "exp_avg_sq"))),
+        FP32Optimizer(
+            adam, settings, lambda inner, _: _fill_state(inner, ("exp_avg", "exp_avg_sq"))
+        ),
     ]
     for part in parts:
         part.grad_stats_parallel_group = parallel.groups.mp
@@ -98,7 +121,12 @@ def _muon(chunks: list[Any], config: OptimizerConfig, settings: Any, parallel: P
 
 def _group(parameters: list[Any], wd_mult: float, **more: Any) -> dict[str, Any]:
     """A parameter group with the keys by which mcore tells groups apart in a checkpoint."""
-    keys = {"wd_mult": wd_mult, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
+    keys = {
+        "wd_mult": wd_mult,
+        "lr_mult": 1.0,
+        "is_expert_parallel": False,
+        "is_decoupled_lr": False,
+    }
     return {"params": parameters, **keys, **more}
 
 
@@ -121,7 +149,8 @@ def set_lr(optimizer: Any, config: OptimizerConfig, step: int, total: int) -> fl
 
 @torch.no_grad()
 def apply(optimizer: Any, config: OptimizerConfig) -> tuple[float, bool]:
-    """Clip and step: (global gradient norm, whether the step was taken). Non-finite gradients are not applied."""
+    """Clip and step: (global gradient norm, whether the step was taken). Non-finite gradients are
+    not applied."""
     from megatron.core.optimizer import clip_grads
 
     found_inf = optimizer.prepare_grads()
@@ -132,5 +161,7 @@ def apply(optimizer: Any, config: OptimizerConfig) -> tuple[float, bool]:
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             parameters = part.get_parameters()
             if parameters:
-                clip_grads.clip_grad_by_total_norm_fp32(parameters, max_norm=config.clip_grad, total_norm=norm)
+                clip_grads.clip_grad_by_total_norm_fp32(
+                    parameters, max_norm=config.clip_grad, total_norm=norm
+                )
     return norm, bool(optimizer.step_with_ready_grads())

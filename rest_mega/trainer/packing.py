@@ -1,4 +1,5 @@
-"""Samples -> micro-batches: whole samples packed by tokens, the same number of micro-batches on every replica.
+"""Samples -> micro-batches: whole samples packed by tokens, the same number of micro-batches on
+every replica.
 
 - no micro-batch holds more than its cap, no sample is cut, every sample is in exactly one;
 - a sample of L ids gives L - 1 predictions: inputs are ids[:-1], targets ids[1:];
@@ -18,14 +19,16 @@ from rest_mega.records import Microbatch, Sample
 
 
 def plan(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most `tokens`: best-fit decreasing, O(n log n) (Johnson, 1974).
+    """Indices of `lengths` in bins of at most `tokens`: best-fit decreasing, O(n log n) (Johnson,
+    1974).
 
     Raises ValueError when one length exceeds the cap.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if order and lengths[order[0]] > tokens:
         raise ValueError(
-            f"a sample needs {lengths[order[0]]} tokens, packing.tokens is {tokens}: raise packing.tokens "
+            f"a sample needs {lengths[order[0]]} tokens, packing.tokens is {tokens}: raise "
+            "packing.tokens "
             "or lower rollout.max_tokens"
         )
     bins: list[list[int]] = []
@@ -41,7 +44,8 @@ def plan(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 def spread(bins: list[list[int]], lengths: Sequence[int], count: int) -> list[list[int]]:
-    """At least as many bins as `count`: the fullest bin with several samples is halved, then empty bins are added."""
+    """At least as many bins as `count`: the fullest bin with several samples is halved, then empty
+    bins are added."""
     heap = [(-sum(lengths[i] for i in b), n, b) for n, b in enumerate(bins)]
     heapq.heapify(heap)
     done: list[list[int]] = []
@@ -59,7 +63,8 @@ def spread(bins: list[list[int]], lengths: Sequence[int], count: int) -> list[li
 def pack(
     samples: Sequence[Sample], tokens: int, *, pad_multiple: int = 1, count: int | None = None
 ) -> list[Microbatch]:
-    """Micro-batches of at most `tokens` (before padding to `pad_multiple`), `count` of them when given.
+    """Micro-batches of at most `tokens` (before padding to `pad_multiple`), `count` of them when
+    given.
 
     Raises ValueError when a sample exceeds the cap or `count` is smaller than the bins needed.
     """
@@ -86,9 +91,13 @@ def _microbatch(samples: Sequence[Sample], members: Sequence[int], multiple: int
         targets_T=joined([s.ids_T[1:] for s in chosen], 0, np.int32),
         positions_T=joined([np.arange(n) for n in lengths], 0, np.int32),
         lengths_S=np.array(lengths + [padding] * (padding > 0), dtype=np.int32),
-        sample_T=joined([np.full(n, i) for i, n in zip(members, lengths, strict=True)], -1, np.int32),
+        sample_T=joined(
+            [np.full(n, i) for i, n in zip(members, lengths, strict=True)], -1, np.int32
+        ),
         mask_T=joined([s.mask_T[1:] for s in chosen], 0, np.bool_),
         regions_T=joined([s.regions_T[1:] for s in chosen], 0, np.int8),
-        advantages_T=joined([np.full(n, s.advantage) for s, n in zip(chosen, lengths, strict=True)], 0, np.float32),
+        advantages_T=joined(
+            [np.full(n, s.advantage) for s, n in zip(chosen, lengths, strict=True)], 0, np.float32
+        ),
         logprobs_T=joined([s.logprobs_T[1:] for s in chosen], 0, np.float32),
     )

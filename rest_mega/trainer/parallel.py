@@ -1,11 +1,13 @@
-"""ParallelConfig and torchrun's variables -> Parallel: groups, ranks, is_lead. Sole reader of mcore's parallel_state.
+"""ParallelConfig and torchrun's variables -> Parallel: groups, ranks, is_lead. Sole reader of
+mcore's parallel_state.
 
-A *replica* is one TP x CP x PP block that holds one copy of the model. Its *lead*, the first of its ranks,
-is the one that talks to the rollout engine and to the tools. Groups made here:
+A *replica* is one TP x CP x PP block that holds one copy of the model. Its *lead*, the first of its
+ranks, is the one that talks to the rollout engine and to the tools. Groups made here:
 
-- mcore's own groups (TP, PP, DP, ...) carry tensors of the training step: gloo on a CPU, NCCL on GPUs;
-- `control` (all ranks) and `replica` are gloo and carry small host data; their deadline is the rollout's,
-  so that NCCL's watchdog never times a rollout.
+- mcore's own groups (TP, PP, DP, ...) carry tensors of the training step: gloo on a CPU, NCCL on
+  GPUs;
+- `control` (all ranks) and `replica` are gloo and carry small host data; their deadline is the
+  rollout's, so that NCCL's watchdog never times a rollout.
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ class Parallel:
 
     @property
     def counts_tokens(self) -> bool:
-        """True on one tensor rank of each last stage: the ranks whose per-token sums add up to the batch."""
+        """True on one tensor rank of each last stage: the ranks whose per-token sums add up to the
+        batch."""
         return self.is_last_stage and self.tensor_rank == 0
 
     def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -100,8 +103,13 @@ class Parallel:
         return tensor.numpy()
 
     def share(self, arrays: Arrays | None) -> dict[str, npt.NDArray[Any]]:
-        """The lead's arrays on every rank of its replica; others pass None. No pickle crosses the wire."""
-        data = _pack(arrays) if self.is_lead and arrays is not None else torch.empty(0, dtype=torch.uint8)
+        """The lead's arrays on every rank of its replica; others pass None. No pickle crosses the
+        wire."""
+        data = (
+            _pack(arrays)
+            if self.is_lead and arrays is not None
+            else torch.empty(0, dtype=torch.uint8)
+        )
         size = torch.tensor([data.numel()], dtype=torch.int64)
         dist.broadcast(size, self.lead, group=self.replica)
         if not self.is_lead:
@@ -118,11 +126,14 @@ class Parallel:
         dist.all_gather(lengths, torch.tensor([data.numel()]), group=group)
         longest = max(int(n) for n in lengths)
         parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(size)]
-        dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - data.numel())), group=group)
+        dist.all_gather(
+            parts, torch.nn.functional.pad(data, (0, longest - data.numel())), group=group
+        )
         return [bytes(p[: int(n)].numpy()).decode() for p, n in zip(parts, lengths, strict=True)]
 
     def merge(self, sums: Sums) -> dict[str, float]:
-        """Means over all ranks' (total, count) pairs, on every rank; names need not be the same on all ranks."""
+        """Means over all ranks' (total, count) pairs, on every rank; names need not be the same on
+        all ranks."""
         merged: dict[str, tuple[float, float]] = {}
         for text in self.gather_text(json.dumps(sums)):
             for name, (total, count) in json.loads(text).items():
@@ -189,11 +200,15 @@ def _model_parallel(config: ParallelConfig) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     if parallel_state.model_parallel_is_initialized():
-        raise ConfigError("model parallel groups exist already: call parallel.stop() before starting anew")
+        raise ConfigError(
+            "model parallel groups exist already: call parallel.stop() before starting anew"
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline
+        if config.virtual_pipeline > 1
+        else None,
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
         distributed_timeout_minutes=max(1, int(config.timeout_s // 60)),
@@ -213,7 +228,10 @@ def _place(config: ParallelConfig, device: torch.device) -> Parallel:
     everyone = torch.zeros(launch.world_size(), dtype=torch.int64)
     everyone[launch.rank()] = data_rank
     dist.all_reduce(everyone, group=control)
-    replicas = [tuple(torch.nonzero(everyone == r).flatten().tolist()) for r in range(int(everyone.max()) + 1)]
+    replicas = [
+        tuple(torch.nonzero(everyone == r).flatten().tolist())
+        for r in range(int(everyone.max()) + 1)
+    ]
     groups = [dist.new_group(list(ranks), backend="gloo", timeout=wait) for ranks in replicas]
     return Parallel(
         config=config,

@@ -1,8 +1,10 @@
-"""Trainer: pack samples, score them (forward only), and take optimizer steps; the only user of the optimizer."""
+"""Trainer: pack samples, score them (forward only), and take optimizer steps; the only user of the
+optimizer."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +24,8 @@ from rest_mega.trainer.parallel import Parallel
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-prob and entropy of one micro-batch's trained rows; empty on ranks without the LM head."""
+    """Log-prob and entropy of one micro-batch's trained rows; empty on ranks without the LM
+    head."""
 
     logprob_R: Floats
     entropy_R: Floats
@@ -36,7 +39,9 @@ class Reports:
     maxima: dict[str, torch.Tensor] = field(default_factory=dict)
     loss: float = 0.0
 
-    def add(self, loss: torch.Tensor, sums: dict[str, torch.Tensor], maxima: dict[str, torch.Tensor]) -> None:
+    def add(
+        self, loss: torch.Tensor, sums: dict[str, torch.Tensor], maxima: dict[str, torch.Tensor]
+    ) -> None:
         """Add one micro-batch."""
         self.loss += float(loss.detach())
         for name, pair in sums.items():
@@ -60,7 +65,8 @@ class Trainer:
         temperature: float,
         total_steps: int,
     ) -> None:
-        """`total_steps`: optimizer steps of the whole run, for the schedules; `temperature`: of the rollouts."""
+        """`total_steps`: optimizer steps of the whole run, for the schedules; `temperature`: of the
+        rollouts."""
         self.architecture, self.parallel = architecture, parallel
         self._optimizer_config, self._loss, self._packing = optimizer, loss, packing
         self._total_steps = max(1, total_steps)
@@ -77,14 +83,17 @@ class Trainer:
             starts = [c.start_grad_sync for c in self.chunks]
             mcore.grad_sync_func = starts if many else starts[0]
         self.optimizer = optimizers.build(self.chunks, self._optimizer_config, self.parallel)
-        self._runner = Runner(self.chunks, self.parallel, self.architecture.vocab_size, self._temperature)
+        self._runner = Runner(
+            self.chunks, self.parallel, self.architecture.vocab_size, self._temperature
+        )
 
     # ---------------------------------------------------------------- batches
 
     def pack(self, samples: Sequence[Sample], parts: int = 1) -> list[list[Microbatch]]:
-        """This replica's samples as `parts` optimizer steps of micro-batches, equally many on every replica."""
+        """This replica's samples as `parts` optimizer steps of micro-batches, equally many on every
+        replica."""
         bounds = [len(samples) * i // parts for i in range(parts + 1)]
-        return [self._pack(samples[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [self._pack(samples[a:b]) for a, b in itertools.pairwise(bounds)]
 
     def _pack(self, samples: Sequence[Sample]) -> list[Microbatch]:
         sizes = self.parallel.config
@@ -98,7 +107,8 @@ class Trainer:
     # ---------------------------------------------------------------- scoring
 
     def score(self, parts: Sequence[Sequence[Microbatch]]) -> list[list[Scores]]:
-        """Log-prob and full-vocabulary entropy of every trained token under the current parameters."""
+        """Log-prob and full-vocabulary entropy of every trained token under the current
+        parameters."""
         scores = [self._score(batches) for batches in parts]
         return scores
 
@@ -118,9 +128,13 @@ class Trainer:
         return [local_part(batch, self.parallel) for batch in batches]
 
     def region_sums(
-        self, parts: Sequence[Sequence[Microbatch]], scores: Sequence[Sequence[Scores]], regions: int
+        self,
+        parts: Sequence[Sequence[Microbatch]],
+        scores: Sequence[Sequence[Scores]],
+        regions: int,
     ) -> tuple[Any, Any]:
-        """(sum_K of entropies, count_K) per region id 0..regions-1 over the global batch, on every rank."""
+        """(sum_K of entropies, count_K) per region id 0..regions-1 over the global batch, on every
+        rank."""
         sums = np.zeros((2, regions))
         if self.parallel.counts_tokens:
             for batches, rows in zip(parts, scores, strict=True):
@@ -136,7 +150,8 @@ class Trainer:
     def step(
         self, batches: Sequence[Microbatch], scores: Sequence[Scores], weights: Sequence[Floats]
     ) -> StepResult:
-        """One policy-gradient step. `weights[m]` holds weights_T of micro-batch m (whole, before any CP cut)."""
+        """One policy-gradient step. `weights[m]` holds weights_T of micro-batch m (whole, before
+        any CP cut)."""
         local = self._local(batches)
         local_weights = [self._local_array(b, w) for b, w in zip(batches, weights, strict=True)]
 
@@ -147,7 +162,11 @@ class Trainer:
                 return torch.from_numpy(np.ascontiguousarray(array[batch.mask_T])).to(like.device)
 
             rollout_R = rows(batch.logprobs_T)
-            old_R = rollout_R if self._loss.old_logprobs == "rollout" else _to(like, scores[index].logprob_R)
+            old_R = (
+                rollout_R
+                if self._loss.old_logprobs == "rollout"
+                else _to(like, scores[index].logprob_R)
+            )
             return objective.policy_objective(
                 logprob_R,
                 entropy_R,
@@ -160,7 +179,10 @@ class Trainer:
             )
 
         denominator = self._global_sum(
-            sum(float(w[b.mask_T].sum(dtype=np.float64)) for b, w in zip(local, local_weights, strict=True))
+            sum(
+                float(w[b.mask_T].sum(dtype=np.float64))
+                for b, w in zip(local, local_weights, strict=True)
+            )
         )
         return self._step(local, loss, objective.POLICY_SUMS, objective.POLICY_MAXIMA)
 
@@ -170,7 +192,9 @@ class Trainer:
         denominator = self._global_sum(sum(float(b.mask_T.sum()) for b in local))
 
         def loss(index: int, logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> Any:
-            return objective.supervised_objective(logprob_R, torch.ones_like(logprob_R), denominator)
+            return objective.supervised_objective(
+                logprob_R, torch.ones_like(logprob_R), denominator
+            )
 
         return self._step(local, loss, (), ())
 
@@ -205,12 +229,16 @@ class Trainer:
         self.optimizer.zero_grad()
         self._runner.train(batches, closure)
         self.optimizer_steps += 1
-        lr = optimizers.set_lr(self.optimizer, self._optimizer_config, self.optimizer_steps, self._total_steps)
+        lr = optimizers.set_lr(
+            self.optimizer, self._optimizer_config, self.optimizer_steps, self._total_steps
+        )
         norm, taken = optimizers.apply(self.optimizer, self._optimizer_config)
         total, metrics = self._reduce(reports, sums, maxima)
         return StepResult(loss=total, grad_norm=norm, lr=lr, skipped=not taken, metrics=metrics)
 
-    def _reduce(self, reports: Reports, sums: Sequence[str], maxima: Sequence[str]) -> tuple[float, dict[str, float]]:
+    def _reduce(
+        self, reports: Reports, sums: Sequence[str], maxima: Sequence[str]
+    ) -> tuple[float, dict[str, float]]:
         """Global loss and metrics on every rank: two host collectives for all names together."""
         count = self.parallel.counts_tokens
         row = [reports.loss if count else 0.0]
@@ -219,7 +247,10 @@ class Trainer:
         total = self.parallel.sum(np.array(row))
         metrics = {n: total[1 + 2 * i] / max(total[2 + 2 * i], 1.0) for i, n in enumerate(sums)}
         if maxima:
-            largest = [float(reports.maxima.get(n, torch.tensor(-np.inf))) if count else -np.inf for n in maxima]
+            largest = [
+                float(reports.maxima.get(n, torch.tensor(-np.inf))) if count else -np.inf
+                for n in maxima
+            ]
             top = self.parallel.maximum(np.array(largest))
             metrics |= {n: float(v) for n, v in zip(maxima, top, strict=True)}
         return float(total[0]), {name: float(value) for name, value in metrics.items()}

@@ -1,4 +1,5 @@
-"""Writes tests/data/tiny_bpe and tests/data/tiny_sentencepiece anew: `python tests/data/make_tokenizers.py`."""
+"""Writes tests/data/tiny_bpe and tests/data/tiny_sentencepiece anew: `python
+tests/data/make_tokenizers.py`."""
 
 from __future__ import annotations
 
@@ -10,22 +11,35 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 HERE = Path(__file__).parent
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-ADDED = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+ADDED = [
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+]
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 TEXT = [
-    "You may call one or more functions to assist with the user query. What is the weather in Paris tomorrow?",
-    'system user assistant tool {"name": "get_weather", "arguments": {"city": "Paris", "days": 3, "unit": "celsius"}}',
-    'function type description parameters properties string number required object name value {"type": "function"}',
-    "The weather in Paris is sunny, 21.5 degrees. Could you convert 300 kilometers to miles and save the result?",
-    "# Tools\n\nFor each function call, return a json object within XML tags:\n\n- one\n- two\n\n\tindented   text",
+    "You may call one or more functions to assist with the user query. What is the weather in "
+    "Paris tomorrow?",
+    'system user assistant tool {"name": "get_weather", "arguments": {"city": "Paris", "days": '
+    '3, "unit": "celsius"}}',
+    "function type description parameters properties string number required object name value "
+    '{"type": "function"}',
+    "The weather in Paris is sunny, 21.5 degrees. Could you convert 300 kilometers to miles and "
+    "save the result?",
+    "# Tools\n\nFor each function call, return a json object within XML tags:\n\n- one\n- "
+    "two\n\n\tindented   text",
 ]
 
 
 def tiny_bpe() -> None:
-    """Byte-level BPE with Qwen's pre-tokenizer and Qwen3's kind of added tokens; 512 ids and a few more."""
+    """Byte-level BPE with Qwen's pre-tokenizer and Qwen3's kind of added tokens; 512 ids and a few
+    more."""
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -40,12 +54,17 @@ def tiny_bpe() -> None:
     folder = HERE / "tiny_bpe"
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def tiny_sentencepiece() -> None:
-    """SentencePiece BPE as Mistral's: identity normalisation, byte fallback, dummy prefix, control tokens."""
+    """SentencePiece BPE as Mistral's: identity normalisation, byte fallback, dummy prefix, control
+    tokens."""
     folder = HERE / "tiny_sentencepiece"
     folder.mkdir(exist_ok=True)
     with (folder / "tokenizer.model").open("wb") as model:

@@ -1,11 +1,11 @@
 """One optimizer step is the same at every layout, and the same as plain transformers and autograd.
 
-Through the real model, schedule, DDP and optimizer: log-probs, entropies, loss, gradient norm, every gradient.
+Through the real model, schedule, DDP and optimizer: log-probs, entropies, loss, gradient norm,
+every gradient.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,9 @@ WEIGHT_OF_REGION = np.array([0.5, 1.0, 2.0, 0.25], dtype=np.float32)
 LOSS = LossConfig(policy="ppo", clip_low=0.2, clip_high=0.3, dual_clip=3.0, old_logprobs="rollout")
 
 
-def _one_step(path: str, parallel: ParallelConfig, tokens: int, distributed: bool, order: int) -> dict[str, Any]:
+def _one_step(
+    path: str, parallel: ParallelConfig, tokens: int, distributed: bool, order: int
+) -> dict[str, Any]:
     import torch
 
     from rest_mega.sync.export import Exporter
@@ -48,7 +50,11 @@ def _one_step(path: str, parallel: ParallelConfig, tokens: int, distributed: boo
     load(trainer.modules, open_source(path, "load", architecture, 0), architecture, place)
     trainer.prepare()
     samples = random_samples()
-    permuted = [samples[i] for i in np.random.default_rng(order).permutation(len(samples))] if order else samples
+    permuted = (
+        [samples[i] for i in np.random.default_rng(order).permutation(len(samples))]
+        if order
+        else samples
+    )
     parts = trainer.pack(permuted[place.data_rank :: place.data_size])
     scores = trainer.score(parts)
     sums_K, counts_K = trainer.region_sums(parts, scores, REGIONS)
@@ -62,11 +68,15 @@ def _one_step(path: str, parallel: ParallelConfig, tokens: int, distributed: boo
         "count_K": counts_K,
         "gradients": {},
     }
-    if not distributed:  # with the distributed optimizer a rank keeps its own slice of the gradients only
+    if (
+        not distributed
+    ):  # with the distributed optimizer a rank keeps its own slice of the gradients only
         with torch.no_grad():
             for _, parameter in named_parameters(trainer.chunks):
                 parameter.copy_(parameter.main_grad)
-        answer["gradients"] = {n: t.numpy() for n, t in Exporter(trainer.modules, architecture, place).stream()}
+        answer["gradients"] = {
+            n: t.numpy() for n, t in Exporter(trainer.modules, architecture, place).stream()
+        }
     places.stop()
     return answer
 
@@ -81,9 +91,13 @@ def _reference(path: str) -> dict[str, Any]:
     gaps = []
     for s in random_samples():
         mask = torch.from_numpy(s.mask_T[1:])
-        logits = model(torch.from_numpy(s.ids_T.astype(np.int64))[None]).logits[0, :-1] / TEMPERATURE
+        logits = (
+            model(torch.from_numpy(s.ids_T.astype(np.int64))[None]).logits[0, :-1] / TEMPERATURE
+        )
         logprobs = torch.log_softmax(logits, -1)
-        logprob = logprobs.gather(1, torch.from_numpy(s.ids_T[1:].astype(np.int64))[:, None])[:, 0][mask]
+        logprob = logprobs.gather(1, torch.from_numpy(s.ids_T[1:].astype(np.int64))[:, None])[:, 0][
+            mask
+        ]
         entropy = -(logprobs.exp() * logprobs).sum(-1)[mask]
         weight = torch.from_numpy(WEIGHT_OF_REGION[s.regions_T[1:]])[mask]
         old = torch.from_numpy(s.logprobs_T[1:])[mask]
@@ -103,7 +117,8 @@ def _reference(path: str) -> dict[str, Any]:
     gradients = {n: p.grad.numpy() for n, p in model.named_parameters()}
     norm = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in gradients.values()))
     return {
-        "loss": float(loss), "grad_norm": norm, "gradients": gradients, "entropy_K": entropy_K, "count_K": count_K,
+        "loss": float(loss.detach()), "grad_norm": norm, "gradients": gradients,
+        "entropy_K": entropy_K, "count_K": count_K,
         "approx_kl": -float(np.concatenate(gaps).mean()),
     }  # fmt: skip
 
@@ -155,7 +170,9 @@ def _check(name: str, path: str, want: dict[str, Any], **more: Any) -> None:
         assert set(gradients) == set(want["gradients"])
         for tensor, gradient in gradients.items():
             expected = want["gradients"][tensor]
-            np.testing.assert_allclose(gradient, expected, atol=1e-5 * np.abs(expected).max(), rtol=0, err_msg=tensor)
+            np.testing.assert_allclose(
+                gradient, expected, atol=1e-5 * np.abs(expected).max(), rtol=0, err_msg=tensor
+            )
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

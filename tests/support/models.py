@@ -35,23 +35,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": False, "rope_parameters": _LLAMA3_ROPE}),
     "llama_linear": (
         "Llama",
-        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        },
     ),
 }
 
 
 def save_model(folder: Path, family: str, **more: Any) -> Path:
-    """A random checkpoint in `folder`; spread wider than usual, so that probabilities differ from uniform."""
+    """A random checkpoint in `folder`; spread wider than usual, so that probabilities differ from
+    uniform."""
     import torch
     import transformers
 
     name, settings = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**(_SIZES | settings | {"initializer_range": 0.1} | more))
+    config = getattr(transformers, f"{name}Config")(
+        **(_SIZES | settings | {"initializer_range": 0.1} | more)
+    )
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith(("norm.weight", "bias")):  # ones and zeros would hide mistakes
+            if parameter_name.endswith(
+                ("norm.weight", "bias")
+            ):  # ones and zeros would hide mistakes
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return folder

@@ -1,7 +1,9 @@
-"""run_ranks(fn, world_size, ...): fresh processes of a distributed run, forked from a server that has torch and megatron.
+"""run_ranks(fn, world_size, ...): fresh processes of a distributed run, forked from a server that
+has torch and megatron.
 
-Starting the server takes seconds, once per test session; four ranks with their groups are then up in about a
-second. Every call has a deadline: ranks that are silent are named, and only its own children are ended.
+Starting the server takes seconds, once per test session; four ranks with their groups are then up
+in about a second. Every call has a deadline: ranks that are silent are named, and only its own
+children are ended.
 """
 
 from __future__ import annotations
@@ -25,16 +27,22 @@ class RankError(AssertionError):
     """A rank failed or stayed silent."""
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """`fn(*args)` on every rank of a new run, with torchrun's variables set; the results in rank order.
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+) -> list[Any]:
+    """`fn(*args)` on every rank of a new run, with torchrun's variables set; the results in rank
+    order.
 
-    `fn` must be importable (a module-level function). The first failing rank's traceback is raised as RankError.
+    `fn` must be importable (a module-level function). The first failing rank's traceback is raised
+    as RankError.
     """
     with tempfile.TemporaryDirectory() as folder:
         pipes, children = [], []
         for rank in range(world_size):
             mine, theirs = _CONTEXT.Pipe(duplex=False)
-            child = _CONTEXT.Process(target=_rank, args=(fn, args, rank, world_size, folder, theirs))
+            child = _CONTEXT.Process(
+                target=_rank, args=(fn, args, rank, world_size, folder, theirs)
+            )
             child.start()
             theirs.close()
             pipes.append(mine)
@@ -55,7 +63,9 @@ def _collect(pipes: list[Connection], deadline: float, timeout: float) -> list[A
         waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
         ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RankError(f"no answer from rank(s) {sorted(waiting.values())} within {timeout:.0f} s")
+            raise RankError(
+                f"no answer from rank(s) {sorted(waiting.values())} within {timeout:.0f} s"
+            )
         for pipe in ready:
             results[waiting[pipe]] = _receive(pipe, waiting[pipe])  # type: ignore[index, arg-type]
     return [results[rank] for rank in range(len(pipes))]
@@ -71,7 +81,9 @@ def _receive(pipe: Any, rank: int) -> Any:
     return value
 
 
-def _rank(fn: Callable[..., Any], args: Any, rank: int, world_size: int, folder: str, pipe: Connection) -> None:
+def _rank(
+    fn: Callable[..., Any], args: Any, rank: int, world_size: int, folder: str, pipe: Connection
+) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -19,7 +19,9 @@ def _sum_of_ranks(offset: int) -> int:
     from rest_mega import launch
 
     launch.keep_gloo_on_loopback()
-    dist.init_process_group("gloo", launch.rendezvous(), rank=launch.rank(), world_size=launch.world_size())
+    dist.init_process_group(
+        "gloo", launch.rendezvous(), rank=launch.rank(), world_size=launch.world_size()
+    )
     total = torch.tensor([launch.rank() + offset])
     dist.all_reduce(total)
     dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"""Prompts from files of every form, errors that name their place, and the stream that draws them."""
+"""Prompts from files of every form, errors that name their place, and the stream that draws
+them."""
 
 from __future__ import annotations
 
@@ -18,13 +19,21 @@ from rest_mega.records import Prompt
 MADE_UP = Path(__file__).parents[3] / "examples" / "data" / "toolrl_made_up.jsonl"
 USER = {"role": "user", "content": "Wie wird das Wetter in Zürich?"}
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
-ROW = {"id": "a", "messages": [USER], "tools": [TOOL], "environment": "calendar", "task": {"goal": [1, {"x": None}]}}
+ROW = {
+    "id": "a",
+    "messages": [USER],
+    "tools": [TOOL],
+    "environment": "calendar",
+    "task": {"goal": [1, {"x": None}]},
+}
 GOLD = '<think> p </think>\n<tool_call>\n{"name": "f", "parameters": {"n": 3}}\n</tool_call>'
 
 
 def write_lines(folder: Path, *rows: object) -> Path:
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -44,7 +53,10 @@ def test_a_system_message_is_put_before_prompts_that_carry_none(tmp_path: Path) 
     own = {"role": "system", "content": "mine"}
     path = write_lines(tmp_path, ROW, {"id": "b", "messages": [own, USER]})
     given = {"role": "system", "content": "Be brief."}
-    assert [p.messages for p in load_prompts(path, system="Be brief.")] == [(given, USER), (own, USER)]
+    assert [p.messages for p in load_prompts(path, system="Be brief.")] == [
+        (given, USER),
+        (own, USER),
+    ]
 
 
 def test_toolrl_rows_are_the_same_from_lines_a_list_and_parquet(tmp_path: Path) -> None:
@@ -55,16 +67,24 @@ def test_toolrl_rows_are_the_same_from_lines_a_list_and_parquet(tmp_path: Path) 
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     prompts = load_prompts(MADE_UP)
-    assert prompts == load_prompts(tmp_path / "rows.json") == load_prompts(tmp_path / "rows.parquet")
+    assert (
+        prompts == load_prompts(tmp_path / "rows.json") == load_prompts(tmp_path / "rows.parquet")
+    )
     assert [p.id for p in prompts] == [f"made_up-train-{n}" for n in range(12)]
     for prompt, row in zip(prompts, rows, strict=True):
-        assert (prompt.messages, prompt.environment, prompt.tools) == (tuple(row["prompt"]), "none", ())
+        assert (prompt.messages, prompt.environment, prompt.tools) == (
+            tuple(row["prompt"]),
+            "none",
+            (),
+        )
         assert prompt.task["ground_truth"] == row["reward_model"]["ground_truth"]
 
 
 def test_the_gold_reply_of_a_toolrl_row_is_parsed() -> None:
     tasks = [prompt.task for prompt in load_prompts(MADE_UP)]
-    assert tasks[4]["calls"] == [{"name": "list_events", "arguments": {"date": f"2031-05-0{day}"}} for day in (2, 3)]
+    assert tasks[4]["calls"] == [
+        {"name": "list_events", "arguments": {"date": f"2031-05-0{day}"}} for day in (2, 3)
+    ]
     assert tasks[4]["response"] is None
     assert tasks[7]["calls"] == [{"name": "current_time", "arguments": {}}]
     assert (tasks[10]["calls"], tasks[10]["response"].strip()) == ([], "You are welcome!")
@@ -82,7 +102,10 @@ BAD = [
     ({**ROW, "id": ""}, r"id='' must be a string that is not empty"),
     ({**ROW, "id": 3}, r"id=3 must be a string"),
     ({**ROW, "messages": ["hi"]}, r"messages\[0\]='hi' must be an object"),
-    ({**ROW, "messages": [{"role": "usr", "content": ""}]}, r"messages\[0\]\.role='usr' must be one of system, user"),
+    (
+        {**ROW, "messages": [{"role": "usr", "content": ""}]},
+        r"messages\[0\]\.role='usr' must be one of system, user",
+    ),
     ({**ROW, "messages": [{"role": "user"}]}, r"messages\[0\]\.content=None must be a string"),
     (
         {**ROW, "messages": [USER, {"role": "system", "content": "x"}]},
@@ -92,13 +115,22 @@ BAD = [
         {**ROW, "messages": [USER, {"role": "assistant", "content": "x"}]},
         r"messages.-1.\.role='assistant' must be user or tool",
     ),
-    ({**ROW, "tools": [{"name": "f"}]}, r"tools\[0\]=\{'name': 'f'\} must be \{\"type\": \"function\""),
+    (
+        {**ROW, "tools": [{"name": "f"}]},
+        r"tools\[0\]=\{'name': 'f'\} must be \{\"type\": \"function\"",
+    ),
     ({**ROW, "tools": "f"}, r"tools='f' must be a list of function specs"),
-    ({**ROW, "environment": None}, r"environment=None must be the name of a registered environment"),
+    (
+        {**ROW, "environment": None},
+        r"environment=None must be the name of a registered environment",
+    ),
     ({**ROW, "task": [1]}, r"task=\[1\] must be an object"),
     ({**ROW, "mesages": []}, r"unknown key 'mesages'; did you mean 'messages'\?"),
     ({**ROW, "xyz": 1}, r"unknown key 'xyz'; known keys: id, messages, tools, environment, task"),
-    ({"id": "a", "prompt": [USER]}, r"unknown key 'prompt'; .*ToolRL row has both `prompt` and `reward_model`"),
+    (
+        {"id": "a", "prompt": [USER]},
+        r"unknown key 'prompt'; .*ToolRL row has both `prompt` and `reward_model`",
+    ),
     ([1], r"row=\[1\] must be an object"),
     (toolrl_row(None), r"reward_model\.ground_truth=None must be the gold reply"),
     (
@@ -109,7 +141,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("row", "problem"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("row", "problem"), BAD, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: object, problem: str) -> None:
     path = write_lines(tmp_path, {**ROW, "id": "first"}, row)
     with pytest.raises(ConfigError, match=rf"rows\.jsonl:2: {problem}"):
@@ -148,17 +182,35 @@ def test_files_that_hold_nothing_or_are_of_another_kind_are_errors(tmp_path: Pat
 
 
 def test_dialogues_keep_the_order_and_content_of_the_file(tmp_path: Path) -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
-    result, reply = {"role": "tool", "name": "f", "content": "1"}, {"role": "assistant", "content": "eins"}
-    rows = [{"messages": [USER, call, result, reply], "tools": [TOOL]}, {"id": "x", "messages": [USER, reply]}]
-    assert load_dialogues(write_lines(tmp_path, *rows)) == [((USER, call, result, reply), (TOOL,)), ((USER, reply), ())]
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+    }
+    result, reply = (
+        {"role": "tool", "name": "f", "content": "1"},
+        {"role": "assistant", "content": "eins"},
+    )
+    rows = [
+        {"messages": [USER, call, result, reply], "tools": [TOOL]},
+        {"id": "x", "messages": [USER, reply]},
+    ]
+    assert load_dialogues(write_lines(tmp_path, *rows)) == [
+        ((USER, call, result, reply), (TOOL,)),
+        ((USER, reply), ()),
+    ]
 
 
 @pytest.mark.parametrize(
     ("row", "problem"),
-    [({"messages": [USER]}, "role='user' must be assistant"), ({"message": [USER]}, "did you mean 'messages'")],
+    [
+        ({"messages": [USER]}, "role='user' must be assistant"),
+        ({"message": [USER]}, "did you mean 'messages'"),
+    ],
 )
-def test_bad_dialogues_are_named_by_file_and_line(tmp_path: Path, row: object, problem: str) -> None:
+def test_bad_dialogues_are_named_by_file_and_line(
+    tmp_path: Path, row: object, problem: str
+) -> None:
     with pytest.raises(ConfigError, match=rf"rows\.jsonl:1: .*{problem}"):
         load_dialogues(write_lines(tmp_path, row))
 
@@ -167,14 +219,27 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt(str(n), (USER,)) for n in range(count)]
 
 
-@given(count=st.integers(1, 9), seed=st.integers(0, 2**31 - 1), draws=st.lists(st.integers(0, 7), max_size=6))
-def test_the_order_does_not_depend_on_the_size_of_the_draws(count: int, seed: int, draws: list[int]) -> None:
+@given(
+    count=st.integers(1, 9),
+    seed=st.integers(0, 2**31 - 1),
+    draws=st.lists(st.integers(0, 7), max_size=6),
+)
+def test_the_order_does_not_depend_on_the_size_of_the_draws(
+    count: int, seed: int, draws: list[int]
+) -> None:
     stream, whole = PromptStream(prompts(count), seed), PromptStream(prompts(count), seed)
     assert [p for draw in draws for p in stream.next(draw)] == whole.next(sum(draws))
 
 
-@given(count=st.integers(1, 9), seed=st.integers(0, 2**31 - 1), before=st.integers(0, 30), after=st.integers(0, 30))
-def test_a_stream_goes_on_from_its_saved_state(count: int, seed: int, before: int, after: int) -> None:
+@given(
+    count=st.integers(1, 9),
+    seed=st.integers(0, 2**31 - 1),
+    before=st.integers(0, 30),
+    after=st.integers(0, 30),
+)
+def test_a_stream_goes_on_from_its_saved_state(
+    count: int, seed: int, before: int, after: int
+) -> None:
     stream, resumed = PromptStream(prompts(count), seed), PromptStream(prompts(count), seed)
     stream.next(before)
     resumed.load(json.loads(json.dumps(stream.state())))
@@ -190,7 +255,9 @@ def test_every_epoch_is_a_new_permutation_that_seed_and_epoch_determine() -> Non
     assert [p.id for p in PromptStream(prompts(50), seed=4).next(50)] not in epochs
 
 
-@pytest.mark.parametrize(("other", "problem"), [((5, 1), "seed=0.* seed=1"), ((6, 0), "prompts=5.* prompts=6")])
+@pytest.mark.parametrize(
+    ("other", "problem"), [((5, 1), "seed=0.* seed=1"), ((6, 0), "prompts=5.* prompts=6")]
+)
 def test_a_state_of_another_file_or_seed_is_refused(other: tuple[int, int], problem: str) -> None:
     stream = PromptStream(prompts(other[0]), other[1])
     with pytest.raises(ConfigError, match=problem):

@@ -16,7 +16,9 @@ from rest_mega.data.tokenizer import Tokenizer, load_tokenizer
 DATA = Path(__file__).parents[2] / "data"
 BPE, PIECES = load_tokenizer(DATA / "tiny_bpe"), load_tokenizer(DATA / "tiny_sentencepiece")
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<think>", "</s>", "<s>"]
-TEXTS = st.lists(st.one_of(st.text(), st.sampled_from([*SPECIAL, " ", "\n", "\u2581", "<0x41>"]))).map("".join)
+TEXTS = st.lists(
+    st.one_of(st.text(), st.sampled_from([*SPECIAL, " ", "\n", "\u2581", "<0x41>"]))
+).map("".join)
 
 
 def spelled(tokenizer: Tokenizer, text: str) -> bytes:
@@ -36,7 +38,11 @@ def test_sentencepiece_tokens_spell_the_text_after_a_special_token(text: str) ->
     assert spelled(PIECES, "<|im_end|>" + text) == expected.encode()
 
 
-@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\u2581<"), min_size=1))
+@given(
+    text=st.text(
+        alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\u2581<"), min_size=1
+    )
+)
 def test_sentencepiece_puts_its_dummy_prefix_at_the_start_and_after_bos_only(text: str) -> None:
     assert spelled(PIECES, text) == b" " + text.encode()
     assert spelled(PIECES, "<s>" + text) == b"<s> " + text.encode()
@@ -50,13 +56,21 @@ def test_text_after_a_special_token_is_encoded_apart_from_what_precedes(
 ) -> None:
     end = "<|im_end|>"
     alone = tokenizer.encode(end + tail)[1:]
-    assert tokenizer.encode(head + end + tail) == [*tokenizer.encode(head), tokenizer.encode(end)[0], *alone]
+    assert tokenizer.encode(head + end + tail) == [
+        *tokenizer.encode(head),
+        tokenizer.encode(end)[0],
+        *alone,
+    ]
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "ends"), [(BPE, ["<|im_end|>"]), (PIECES, ["</s>", "<|im_end|>"])], ids=["bpe", "sentencepiece"]
+    ("tokenizer", "ends"),
+    [(BPE, ["<|im_end|>"]), (PIECES, ["</s>", "<|im_end|>"])],
+    ids=["bpe", "sentencepiece"],
 )
-def test_end_of_turn_ids_are_single_tokens_the_own_eos_first(tokenizer: Tokenizer, ends: list[str]) -> None:
+def test_end_of_turn_ids_are_single_tokens_the_own_eos_first(
+    tokenizer: Tokenizer, ends: list[str]
+) -> None:
     assert [tokenizer.token_bytes(i).decode() for i in tokenizer.end_of_turn_ids] == ends
     assert [tokenizer.encode(text) for text in ends] == [[i] for i in tokenizer.end_of_turn_ids]
 
@@ -73,16 +87,31 @@ def test_pad_id_is_the_tokenizers_or_the_first_end_of_turn_token() -> None:
 
 
 def llama_style(folder: Path) -> Tokenizer:
-    """A tokenizer.json as Llama 2's: SentencePiece pieces and byte fallback in Hugging Face's file format."""
+    """A tokenizer.json as Llama 2's: SentencePiece pieces and byte fallback in Hugging Face's file
+    format."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, normalizers
 
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", "a", "b", "\u2581a", "\u2581ab"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "\u2581",
+        "a",
+        "b",
+        "\u2581a",
+        "\u2581ab",
+    ]
     merges = [("\u2581", "a"), ("\u2581a", "b")]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    fast = Fast(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    fast = Fast(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     fast.normalizer = normalizers.Replace(" ", "\u2581")
-    fast.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     fast.add_special_tokens(["<s>", "</s>"])
     fast.enable_truncation(4)
     fast.enable_padding(length=64)
@@ -115,8 +144,13 @@ def test_sentencepiece_takes_added_tokens_from_the_config(tmp_path: Path) -> Non
 
 def test_templates_come_from_the_override_the_jinja_file_or_the_config(tmp_path: Path) -> None:
     shutil.copy(DATA / "tiny_bpe" / "tokenizer.json", tmp_path)
-    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": named}))
+    named = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "with tools"},
+    ]
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|im_end|>", "chat_template": named})
+    )
     assert load_tokenizer(tmp_path).chat_template == "with tools"
     (tmp_path / "chat_template.jinja").write_text("file")
     assert load_tokenizer(tmp_path).chat_template == "file"
@@ -136,7 +170,9 @@ def test_errors_tell_what_was_looked_for(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "b.model").vocab_size == PIECES.vocab_size
 
 
-def test_a_hugging_face_file_without_an_end_of_turn_token_or_an_added_one_is_refused(tmp_path: Path) -> None:
+def test_a_hugging_face_file_without_an_end_of_turn_token_or_an_added_one_is_refused(
+    tmp_path: Path,
+) -> None:
     tree = json.loads((DATA / "tiny_bpe" / "tokenizer.json").read_text())
     tree["added_tokens"] = [t for t in tree["added_tokens"] if t["content"] != "<|im_end|>"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(tree))

@@ -56,7 +56,12 @@ class Shelf(ToolEnvironment):
 
     @tool
     def ship(
-        self, to: Literal["home", "shop"], items: list[str], weight: float, fast: bool, note: str | None = None
+        self,
+        to: Literal["home", "shop"],
+        items: list[str],
+        weight: float,
+        fast: bool,
+        note: str | None = None,
     ) -> dict[str, Any]:
         """Ship items."""
         return {"to": to, "items": items, "weight": weight, "fast": fast, "note": note}
@@ -94,7 +99,9 @@ def reply_of(*calls: tuple[str, Mapping[str, Any]]) -> bytes:
     return "\n".join(f"<tool_call>\n{block}\n</tool_call>" for block in blocks).encode()
 
 
-def answer(shelf: ToolEnvironment, *calls: tuple[str, Mapping[str, Any]], **limits: Any) -> tuple[ToolOutcome, ...]:
+def answer(
+    shelf: ToolEnvironment, *calls: tuple[str, Mapping[str, Any]], **limits: Any
+) -> tuple[ToolOutcome, ...]:
     return answer_calls(shelf, parse(reply_of(*calls), "hermes"), EnvironmentConfig(**limits))
 
 
@@ -156,15 +163,19 @@ def test_a_signature_without_a_schema_is_refused(source: str, said: str) -> None
 
 @given(
     st.sampled_from([(int, "integer"), (float, "number"), (str, "string"), (bool, "boolean")]),
-    st.one_of(st.integers(), st.floats(), st.text(), st.booleans(), st.none(), st.lists(st.integers())),
+    st.one_of(
+        st.integers(), st.floats(), st.text(), st.booleans(), st.none(), st.lists(st.integers())
+    ),
 )
 def test_scalars_fit_as_json_says(kind: tuple[Any, str], value: Any) -> None:
-    """Independent reference: the JSON type that the encoder writes, whole numbers being numbers too."""
+    """Independent reference: the JSON type that the encoder writes, whole numbers being numbers
+    too."""
     written = json.dumps(value)
     is_whole = written.lstrip("-").isdigit()
     expected = {
         "integer": is_whole,
-        "number": is_whole or (isinstance(value, float) and written not in ("NaN", "Infinity", "-Infinity")),
+        "number": is_whole
+        or (isinstance(value, float) and written not in ("NaN", "Infinity", "-Infinity")),
         "string": written[0] == '"',
         "boolean": written in ("true", "false"),
     }[kind[1]]
@@ -180,7 +191,10 @@ def test_scalars_fit_as_json_says(kind: tuple[Any, str], value: Any) -> None:
         ({"item": "apple", "many": 2}, "many is unknown; known: item, count"),
         ({"item": "apple", "count": True}, "count must be integer, not True"),
         ({"item": "apple", "count": 2.0}, "count must be integer, not 2.0"),
-        ({"item": "a" * 99, "count": "b" * 99}, f"count must be integer, not {('b' * 99)!r:.37}..."),
+        (
+            {"item": "a" * 99, "count": "b" * 99},
+            f"count must be integer, not {('b' * 99)!r:.37}...",
+        ),
     ],
 )
 def test_arguments_are_checked_against_the_schema(arguments: dict[str, Any], said: str) -> None:
@@ -193,7 +207,10 @@ def test_nested_arguments_are_checked_with_their_path() -> None:
     assert mismatch(good, schema) == ""
     assert mismatch({**good, "items": ["a", 3]}, schema) == "items[1] must be string, not 3"
     assert mismatch({**good, "to": "sea"}, schema) == "to must be one of home, shop, not 'sea'"
-    assert mismatch({**good, "note": 3}, schema) == "note must be string, not 3 or note must be null, not 3"
+    assert (
+        mismatch({**good, "note": 3}, schema)
+        == "note must be string, not 3 or note must be null, not 3"
+    )
 
 
 def test_an_enum_does_not_take_true_for_one() -> None:
@@ -213,7 +230,11 @@ def test_calls_of_one_reply_see_each_others_state_and_the_verdict_is_of_the_fina
 @pytest.mark.parametrize(
     ("call", "status", "content"),
     [
-        (("nosuch", {}), "unknown_tool", "error: no tool 'nosuch'; known: take, ship, hang, fail, leave, flood"),
+        (
+            ("nosuch", {}),
+            "unknown_tool",
+            "error: no tool 'nosuch'; known: take, ship, hang, fail, leave, flood",
+        ),
         (("take", {"count": 1}), "bad_arguments", "error: item is missing"),
         (("take", {"item": "pear"}), "error", "error: only 0 pear"),
         (("fail", {}), "error", "error: KeyError: 'gone'"),
@@ -225,7 +246,9 @@ def test_calls_of_one_reply_see_each_others_state_and_the_verdict_is_of_the_fina
         ),
     ],
 )
-def test_every_call_has_a_typed_outcome(call: tuple[str, dict[str, Any]], status: str, content: str) -> None:
+def test_every_call_has_a_typed_outcome(
+    call: tuple[str, dict[str, Any]], status: str, content: str
+) -> None:
     (outcome,) = answer(Shelf({"stock": {}}), call)
     assert (outcome.status, outcome.content) == (status, content)
 
@@ -275,7 +298,9 @@ def test_a_lone_surrogate_in_a_result_is_replaced() -> None:
 @pytest.mark.parametrize("how", ["loop", "wait"])
 def test_a_hanging_tool_times_out_and_the_next_call_is_answered(how: str) -> None:
     shelf = Shelf({"stock": {"apple": 1}})
-    outcomes = answer(shelf, ("hang", {"how": how}), ("take", {"item": "apple"}), call_timeout_s=0.05)
+    outcomes = answer(
+        shelf, ("hang", {"how": how}), ("take", {"item": "apple"}), call_timeout_s=0.05
+    )
     assert [o.status for o in outcomes] == ["timeout", "ok"]
     assert outcomes[0].content == "error: no result within 0.05 s"
     assert outcomes[0].seconds >= 0.05

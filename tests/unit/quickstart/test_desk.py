@@ -1,4 +1,5 @@
-"""The quick-start's environment: its tools compute and keep state, and its verdict is of state and answer."""
+"""The quick-start's environment: its tools compute and keep state, and its verdict is of state and
+answer."""
 
 from __future__ import annotations
 
@@ -48,11 +49,15 @@ def expressions(depth: int = 3) -> st.SearchStrategy[tuple[str, Fraction]]:
     if depth == 0:
         return number
 
-    def join(left: tuple[str, Fraction], sign: str, right: tuple[str, Fraction]) -> tuple[str, Fraction]:
+    def join(
+        left: tuple[str, Fraction], sign: str, right: tuple[str, Fraction]
+    ) -> tuple[str, Fraction]:
         text = f"({left[0]}{sign}{right[0]})"
         if sign == "/":
             return (text, left[1] / right[1]) if right[1] else (left[0], left[1])
-        return text, {"+": left[1] + right[1], "-": left[1] - right[1], "*": left[1] * right[1]}[sign]
+        return text, {"+": left[1] + right[1], "-": left[1] - right[1], "*": left[1] * right[1]}[
+            sign
+        ]
 
     deeper = expressions(depth - 1)
     return st.one_of(number, st.builds(join, deeper, st.sampled_from("+-*/"), deeper))
@@ -66,15 +71,33 @@ def test_the_calculator_computes(example: tuple[str, Fraction]) -> None:
 
 @pytest.mark.parametrize(
     "expression",
-    ["", "1+", "1/0", "__import__('os')", "2**9", "x", "[1]", "True+1", "'a'*9", "1" * 101, "(" * 99, "1e308*10", "1j"],
+    [
+        "",
+        "1+",
+        "1/0",
+        "__import__('os')",
+        "2**9",
+        "x",
+        "[1]",
+        "True+1",
+        "'a'*9",
+        "1" * 101,
+        "(" * 99,
+        "1e308*10",
+        "1j",
+    ],
 )
 def test_the_calculator_refuses_what_is_not_arithmetic(expression: str) -> None:
     with pytest.raises(ToolError):
         compute(expression)
 
 
-@given(st.integers(0, 10**6), st.sampled_from(sorted(desk.UNITS)), st.sampled_from(sorted(desk.UNITS)))
-def test_a_conversion_and_its_way_back_agree_with_the_definition(value: int, unit: str, to: str) -> None:
+@given(
+    st.integers(0, 10**6), st.sampled_from(sorted(desk.UNITS)), st.sampled_from(sorted(desk.UNITS))
+)
+def test_a_conversion_and_its_way_back_agree_with_the_definition(
+    value: int, unit: str, to: str
+) -> None:
     environment = make_environment("desk", TASK)
     call = ToolCall("convert", {"value": value, "unit": unit, "to": to})
     (kind, size), (wanted, target) = desk.UNITS[unit], desk.UNITS[to]
@@ -82,7 +105,9 @@ def test_a_conversion_and_its_way_back_agree_with_the_definition(value: int, uni
         with pytest.raises(ToolError):
             environment.call(call)
     else:
-        assert float(environment.call(call)) == pytest.approx(float(Fraction(value * size, target)), abs=0.005001)
+        assert float(environment.call(call)) == pytest.approx(
+            float(Fraction(value * size, target)), abs=0.005001
+        )
 
 
 def test_success_is_the_right_state_and_the_right_answer_however_they_came_about() -> None:
@@ -117,7 +142,14 @@ def test_one_episode_leaves_the_task_and_the_next_episode_untouched() -> None:
 
 @pytest.mark.parametrize(
     ("answer", "number"),
-    [("Answer: 82", 82), ("82", 82), ("it is -3.5.", -3.5), ("1 2", None), ("none", None), ("", None)],
+    [
+        ("Answer: 82", 82),
+        ("82", 82),
+        ("it is -3.5.", -3.5),
+        ("1 2", None),
+        ("none", None),
+        ("", None),
+    ],
 )
 def test_the_one_number_of_an_answer(answer: str, number: float | None) -> None:
     assert desk.said(answer) == number

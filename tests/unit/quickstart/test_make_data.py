@@ -40,16 +40,22 @@ def combination(task: dict[str, Any]) -> str:
     return json.dumps([task["kind"], task["calls"], task["answer"]])
 
 
-def test_the_same_seed_writes_the_same_bytes_and_another_seed_other_tasks(files: Path, tmp_path: Path) -> None:
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_other_tasks(
+    files: Path, tmp_path: Path
+) -> None:
     data.write(tmp_path / "again", seed=0, train=COUNT, held_out=128, dialogues=COUNT)
     data.write(tmp_path / "other", seed=1, train=COUNT, held_out=128, dialogues=COUNT)
     for name in ("train", "held_out", "dialogues"):
-        first, again, other = (f / f"{name}.jsonl" for f in (files, tmp_path / "again", tmp_path / "other"))
+        first, again, other = (
+            f / f"{name}.jsonl" for f in (files, tmp_path / "again", tmp_path / "other")
+        )
         assert first.read_bytes() == again.read_bytes()
         assert first.read_bytes() != other.read_bytes()
 
 
-def test_held_out_combinations_are_never_trained_on_whatever_the_seed(files: Path, tmp_path: Path) -> None:
+def test_held_out_combinations_are_never_trained_on_whatever_the_seed(
+    files: Path, tmp_path: Path
+) -> None:
     data.write(tmp_path, seed=7, train=COUNT, held_out=128, dialogues=1)
     for trained, kept in itertools.product((files, tmp_path), repeat=2):
         train = {combination(p.task) for p in load_prompts(trained / "train.jsonl")}
@@ -84,39 +90,65 @@ def test_gold_calls_solve_the_task_and_the_slip_never_does(kind: str) -> None:
 
 
 def solves(task: Any, turns: Any, answer: int) -> bool:
-    """Whether a policy that writes these calls in Hermes' dialect succeeds without a failed call."""
+    """Whether a policy that writes these calls in Hermes' dialect succeeds without a failed
+    call."""
     desk = make_environment("desk", data.record(task))
     good = True
     for calls in turns:
         blocks = [json.dumps({"name": name, "arguments": arguments}) for name, arguments in calls]
-        reply = parse("\n".join(f"<tool_call>\n{b}\n</tool_call>" for b in blocks).encode(), "hermes")
-        good &= all(outcome.status == "ok" for outcome in answer_calls(desk, reply, EnvironmentConfig()))
+        reply = parse(
+            "\n".join(f"<tool_call>\n{b}\n</tool_call>" for b in blocks).encode(), "hermes"
+        )
+        good &= all(
+            outcome.status == "ok" for outcome in answer_calls(desk, reply, EnvironmentConfig())
+        )
     return good and bool(desk.finish(f"Answer: {answer}")["success"])
 
 
 def test_dialogues_follow_the_curriculum() -> None:
-    """One call each at first, then all kinds without a slip, then slips in their share of the dialogues."""
+    """One call each at first, then all kinds without a slip, then slips in their share of the
+    dialogues."""
     count = 1800
-    turns = [sum(m["role"] == "assistant" for m in d["messages"]) for d in data.demonstrations("x", count)]
+    turns = [
+        sum(m["role"] == "assistant" for m in d["messages"])
+        for d in data.demonstrations("x", count)
+    ]
     easy, careless = int(data.EASY * count), int(data.CARELESS * count)
-    whole = [sum(n == 4 for n in part) / len(part) for part in (turns[easy:careless], turns[careless:])]
+    whole = [
+        sum(n == 4 for n in part) / len(part) for part in (turns[easy:careless], turns[careless:])
+    ]
     assert set(turns[:easy]) == {2}
-    assert whole[0] == pytest.approx(1 / 9, abs=0.01)  # `change` alone has four turns, its slip has three
+    assert whole[0] == pytest.approx(
+        1 / 9, abs=0.01
+    )  # `change` alone has four turns, its slip has three
     assert whole[1] == pytest.approx((1 - data.FLAWED) / 9, abs=0.02)
 
 
 def test_prompts_and_trajectories_are_short(files: Path, tokenizer: Tokenizer) -> None:
     chat = ChatFormat(tokenizer)
-    assert max(len(chat.prompt_ids(p.messages, p.tools)) for p in load_prompts(files / "held_out.jsonl")) <= 40
-    assert max(len(chat.dialogue_ids(*d)[0]) for d in load_dialogues(files / "dialogues.jsonl")) <= 128
+    assert (
+        max(
+            len(chat.prompt_ids(p.messages, p.tools))
+            for p in load_prompts(files / "held_out.jsonl")
+        )
+        <= 40
+    )
+    assert (
+        max(len(chat.dialogue_ids(*d)[0]) for d in load_dialogues(files / "dialogues.jsonl")) <= 128
+    )
 
 
 def test_demonstrated_turns_are_written_in_the_dialect(files: Path, tokenizer: Tokenizer) -> None:
-    """The template's way of writing calls is what the parser reads: names and arguments come back."""
+    """The template's way of writing calls is what the parser reads: names and arguments come
+    back."""
     chat = ChatFormat(tokenizer)
     for messages, tools in load_dialogues(files / "dialogues.jsonl")[-100:]:
         ids, mask = chat.dialogue_ids(messages, tools)
-        runs = [[i for i, _ in run] for on, run in itertools.groupby(zip(ids, mask, strict=True), lambda p: p[1]) if on]
+        runs = [
+            [i for i, _ in run]
+            for on, run in itertools.groupby(zip(ids, mask, strict=True), lambda p: p[1])
+            if on
+        ]
         turns = [m for m in messages if m["role"] == "assistant"]
         assert len(runs) == len(turns)
         for run, turn in zip(runs, turns, strict=True):
@@ -128,14 +160,25 @@ def test_demonstrated_turns_are_written_in_the_dialect(files: Path, tokenizer: T
 
 
 def test_words_and_numbers_are_one_token_wherever_they_stand(tokenizer: Tokenizer) -> None:
-    words = [*data.tasks.ITEMS, *data.tasks.PEOPLE, *data.tasks.DAYS, *(f"{n:02d}" for n in range(100))]
+    words = [
+        *data.tasks.ITEMS,
+        *data.tasks.PEOPLE,
+        *data.tasks.DAYS,
+        *(f"{n:02d}" for n in range(100)),
+    ]
     for word in words:
         (token,) = tokenizer.encode(word)
-        assert all(token in tokenizer.encode(text) for text in (f"a {word} b", f'{{"x": "{word}"}}', f">{word}<"))
+        assert all(
+            token in tokenizer.encode(text)
+            for text in (f"a {word} b", f'{{"x": "{word}"}}', f">{word}<")
+        )
 
 
 def test_the_model_has_a_row_for_every_token(tokenizer: Tokenizer) -> None:
     config = json.loads((QUICKSTART / "model" / "config.json").read_text())
     assert tokenizer.vocab_size <= config["vocab_size"]
     assert config["vocab_size"] % 4 == 0
-    assert (config["eos_token_id"], config["pad_token_id"]) == (tokenizer.end_of_turn_ids[0], tokenizer.pad_id)
+    assert (config["eos_token_id"], config["pad_token_id"]) == (
+        tokenizer.end_of_turn_ids[0],
+        tokenizer.pad_id,
+    )

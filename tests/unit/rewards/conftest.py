@@ -22,7 +22,13 @@ def make_trajectory(
 ) -> Trajectory:
     """One turn per text, of one token each; `calls[n]` and `well_formed[n]` belong to turn n."""
     turns = tuple(
-        Turn(n, n + 1, text, (*well_formed, *(True for _ in texts))[n], calls=tuple((*calls, *(() for _ in texts))[n]))
+        Turn(
+            n,
+            n + 1,
+            text,
+            (*well_formed, *(True for _ in texts))[n],
+            calls=tuple((*calls, *(() for _ in texts))[n]),
+        )
         for n, text in enumerate(texts)
     )
     count = len(texts)

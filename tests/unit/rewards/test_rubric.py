@@ -35,7 +35,9 @@ def test_the_reward_is_the_weighted_sum_of_its_parts(trajectory: Any) -> None:
         [trajectory("a", task={"calls": []}), trajectory("a", task={"calls": []}, calls=[[F]])],
         [trajectory("a", result={"success": False}), trajectory()],
     ]
-    rewards_PG, parts = Rubric(RewardConfig({"format": 1.0, "tool_calls": 3.0, "success": -0.5}))(groups)
+    rewards_PG, parts = Rubric(RewardConfig({"format": 1.0, "tool_calls": 3.0, "success": -0.5}))(
+        groups
+    )
     assert parts["format"].tolist() == [[1, 0], [1, 1], [1, 0]]
     assert parts["tool_calls"].tolist() == [[1, 0], [1, 0], [0, 0]]
     assert parts["success"].tolist() == [[1, 0], [0, 0], [0, 0]]
@@ -49,7 +51,10 @@ def test_calls_of_all_turns_are_judged_together_in_any_cut(trajectory: Any) -> N
 
 
 def test_permuted_groups_have_permuted_rewards(trajectory: Any) -> None:
-    group = [trajectory("a", task=TASK, calls=[calls], sibling=n) for n, calls in enumerate(([F], [G], [], [F, G]))]
+    group = [
+        trajectory("a", task=TASK, calls=[calls], sibling=n)
+        for n, calls in enumerate(([F], [G], [], [F, G]))
+    ]
     rubric = Rubric(RewardConfig())
     order = [2, 0, 3, 1]
     assert np.array_equal(rubric([[group[n] for n in order]])[0], rubric([group])[0][:, order])
@@ -72,7 +77,9 @@ def test_a_name_that_nobody_registered_is_answered_with_the_nearest() -> None:
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_reward_that_is_not_finite_names_function_and_prompt(trajectory: Any, value: float) -> None:
+def test_a_reward_that_is_not_finite_names_function_and_prompt(
+    trajectory: Any, value: float
+) -> None:
     reward("broken")(lambda _: value)
     with pytest.raises(ValueError, match=r"'broken' of prompt 'p7' \(sibling 3\) is (nan|inf)"):
         Rubric(RewardConfig({"broken": 1.0}))([[trajectory("a", id="p7", sibling=3)]])

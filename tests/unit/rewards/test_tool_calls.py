@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from rest_mega.records import ToolCall
 from rest_mega.rewards.tool_calls import accuracy, jaccard
 
-VALUES = st.one_of(st.integers(0, 2), st.sampled_from(["a", "b"]), st.lists(st.integers(0, 1), max_size=2))
+VALUES = st.one_of(
+    st.integers(0, 2), st.sampled_from(["a", "b"]), st.lists(st.integers(0, 1), max_size=2)
+)
 CALL = st.builds(ToolCall, st.sampled_from("fgh"), st.dictionaries(st.sampled_from("xyz"), VALUES))
 CALLS = st.lists(CALL, max_size=4)
 
@@ -38,18 +40,32 @@ def best_matching(gold: list[ToolCall], predicted: list[ToolCall]) -> Fraction:
                 continue
             other = predicted[place].arguments
             total += reference_jaccard(list(call.arguments), list(other))
-            total += sum(key in other and other[key] == value for key, value in call.arguments.items())
+            total += sum(
+                key in other and other[key] == value for key, value in call.arguments.items()
+            )
         best = max(best, total)
     names = reference_jaccard([c.name for c in gold], [c.name for c in predicted])
     return (names + best) / (1 + sum(1 + len(c.arguments) for c in gold))
 
 
-@given(gold=st.lists(st.sampled_from("abc"), max_size=5), predicted=st.lists(st.sampled_from("abc"), max_size=5))
-def test_jaccard_equals_the_one_of_numbered_occurrences(gold: list[str], predicted: list[str]) -> None:
-    assert jaccard(gold, predicted) == float(reference_jaccard(gold, predicted)) == jaccard(predicted, gold)
+@given(
+    gold=st.lists(st.sampled_from("abc"), max_size=5),
+    predicted=st.lists(st.sampled_from("abc"), max_size=5),
+)
+def test_jaccard_equals_the_one_of_numbered_occurrences(
+    gold: list[str], predicted: list[str]
+) -> None:
+    assert (
+        jaccard(gold, predicted)
+        == float(reference_jaccard(gold, predicted))
+        == jaccard(predicted, gold)
+    )
 
 
-@given(gold=st.lists(CALL, max_size=3, unique_by=lambda c: c.name), predicted=st.lists(CALL, max_size=3))
+@given(
+    gold=st.lists(CALL, max_size=3, unique_by=lambda c: c.name),
+    predicted=st.lists(CALL, max_size=3),
+)
 def test_accuracy_is_that_of_the_best_matching_where_gold_names_differ(
     gold: list[ToolCall], predicted: list[ToolCall]
 ) -> None:
@@ -57,12 +73,16 @@ def test_accuracy_is_that_of_the_best_matching_where_gold_names_differ(
 
 
 @given(gold=CALLS, predicted=CALLS)
-def test_greedy_matching_never_exceeds_the_best_one(gold: list[ToolCall], predicted: list[ToolCall]) -> None:
+def test_greedy_matching_never_exceeds_the_best_one(
+    gold: list[ToolCall], predicted: list[ToolCall]
+) -> None:
     assert 0 <= accuracy(gold, predicted) <= best_matching(gold, predicted) + 1e-12 <= 1 + 1e-12
 
 
 @given(calls=CALLS, order=st.randoms(use_true_random=False))
-def test_lists_equal_up_to_order_score_exactly_one(calls: list[ToolCall], order: random.Random) -> None:
+def test_lists_equal_up_to_order_score_exactly_one(
+    calls: list[ToolCall], order: random.Random
+) -> None:
     shuffled = list(calls)
     order.shuffle(shuffled)
     assert accuracy(calls, shuffled) == 1

@@ -1,4 +1,5 @@
-"""ToolRL's reward against numbers that its authors' own functions gave, and against its rules one by one."""
+"""ToolRL's reward against numbers that its authors' own functions gave, and against its rules one
+by one."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from rest_mega.dialects import parse
 from rest_mega.rewards import RUBRIC
 from rest_mega.rewards.toolrl import correctness, format_score
 
-VECTORS = json.loads((Path(__file__).parents[2] / "data" / "reward_vectors.json").read_text(encoding="utf-8"))
+VECTORS = json.loads(
+    (Path(__file__).parents[2] / "data" / "reward_vectors.json").read_text(encoding="utf-8")
+)
 CALL = '{"name": "f", "parameters": {"n": 3}}'
 GOLD = f"<think> p </think>\n<tool_call>\n{CALL}\n</tool_call>"
 ANSWER = "<response> hi </response>"
@@ -31,12 +34,15 @@ def test_the_authors_numbers(vector: dict[str, Any], trajectory: Any) -> None:
     assert RUBRIC["format"](one) == form
 
 
-# The dialect reads "arguments" as well as "parameters"; the reward "toolrl" alone insists on the latter.
+# The dialect reads "arguments" as well as "parameters"; the reward "toolrl" alone insists on the
+# latter.
 READ_ALIKE = [v for v in VECTORS if v["S_acc"] is not None and not v["id"].startswith("R19")]
 
 
 @pytest.mark.parametrize("vector", READ_ALIKE, ids=lambda v: v["id"])
-def test_the_authors_accuracy_of_calls_that_the_dialect_parsed(vector: dict[str, Any], trajectory: Any) -> None:
+def test_the_authors_accuracy_of_calls_that_the_dialect_parsed(
+    vector: dict[str, Any], trajectory: Any
+) -> None:
     gold, reply = (parse(vector[key].encode(), "toolrl") for key in ("ground_truth", "response"))
     task = {"calls": [{"name": c.name, "arguments": c.arguments} for c in gold.calls]}
     one = trajectory(vector["response"], task=task, calls=[reply.calls])
@@ -63,7 +69,9 @@ def test_the_authors_accuracy_of_calls_that_the_dialect_parsed(vector: dict[str,
         ("", GOLD, 0),
     ],
 )
-def test_format_asks_for_the_parts_of_the_gold_reply_once_and_in_order(reply: str, gold: str, score: float) -> None:
+def test_format_asks_for_the_parts_of_the_gold_reply_once_and_in_order(
+    reply: str, gold: str, score: float
+) -> None:
     assert format_score(reply, gold) == score
 
 
@@ -74,7 +82,8 @@ def test_format_asks_for_the_parts_of_the_gold_reply_once_and_in_order(reply: st
         ('{"name": "f", "parameters": {}}', 6 * (1 + 0) / 3 - 3),
         ('{"name": "f", "parameters": [3]}', -3),
         ('{"name": "f"}', -3),
-        # A call that is not asked for need not have parameters: it costs half of the names' Jaccard index.
+        # A call that is not asked for need not have parameters: it costs half of the names' Jaccard
+        # index.
         (CALL + '\n{"name": "g"}', 6 * (0.5 + 2) / 3 - 3),
         (CALL + '\n{"name": "g", "parameters": 1}', 6 * (0.5 + 2) / 3 - 3),
         (CALL + "\n\n" + CALL, -3),

@@ -17,13 +17,16 @@ PLAIN = TelemetryConfig(tensorboard=False, console="plain", trajectories=2)
 
 
 def reporter(folder: Path, **more: Any) -> Reporter:
-    return Reporter(folder, PLAIN, total_steps=4, region_names=["A", "B"], **({"active": True} | more))
+    return Reporter(
+        folder, PLAIN, total_steps=4, region_names=["A", "B"], **({"active": True} | more)
+    )
 
 
 def trajectory(step: int, text: str = "hi") -> dict[str, Any]:
     return {
-        "step": step, "prompt": "p", "kind": "k", "sibling": 0, "reward": 1.0, "parts": {"format": 1.0},
-        "advantage": 0.5, "success": True, "stop": "answered", "tokens": [[text, 1, 1.0, -0.1, None]], "turns": [],
+        "step": step, "prompt": "p", "kind": "k", "sibling": 0, "reward": 1.0,
+        "parts": {"format": 1.0}, "advantage": 0.5, "success": True, "stop": "answered",
+        "tokens": [[text, 1, 1.0, -0.1, None]], "turns": [],
     }  # fmt: skip
 
 
@@ -54,7 +57,11 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
         file.write('{"step": 4, "half')
     again = reporter(tmp_path, resume_step=2)
     again.step(3, {"train/loss": 30.0}, [trajectory(3)])
-    assert [(r["step"], r["train/loss"]) for r in read_rows(tmp_path / "metrics.jsonl")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [(r["step"], r["train/loss"]) for r in read_rows(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
     assert [r["step"] for r in read_rows(tmp_path / "trajectories.jsonl")] == [1, 2, 3]
 
 
@@ -69,13 +76,23 @@ def test_at_most_so_many_trajectories_of_a_step_are_kept(tmp_path: Path) -> None
     assert len(read_rows(tmp_path / "trajectories.jsonl")) == PLAIN.trajectories
 
 
-def test_the_last_line_tells_success_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_line_tells_success_before_and_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     r = reporter(tmp_path)
-    r.step(0, {"eval/sampled_success": 0.25, "eval/greedy_success": 0.5, "eval/sampled_success/book": 0.1})
+    r.step(
+        0,
+        {
+            "eval/sampled_success": 0.25,
+            "eval/greedy_success": 0.5,
+            "eval/sampled_success/book": 0.1,
+        },
+    )
     r.step(4, {"eval/sampled_success": 0.75, "eval/greedy_success": 0.875})
     assert outcome(tmp_path) == {"sampled": [0.25, 0.75], "greedy": [0.5, 0.875]}
     line = summary_line(tmp_path)
-    assert line == f"held-out success: sampled 25.0% -> 75.0%, greedy 50.0% -> 87.5%; report: {tmp_path / 'report.html'}"
+    changes = "sampled 25.0% -> 75.0%, greedy 50.0% -> 87.5%"
+    assert line == f"held-out success: {changes}; report: {tmp_path / 'report.html'}"
     assert "held-out sampled success 75.0%, greedy success 87.5%" in capsys.readouterr().err
 
 
