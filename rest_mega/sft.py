@@ -114,6 +114,7 @@ def _finish(s: Session) -> None:
             s.config.model.path,
             run_dir / "hf",
             write=s.place.is_head,
+            tokenizer=s.config.tokenizer.path,
         )
     if s.place.is_head:
         write_report(run_dir)

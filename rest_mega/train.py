@@ -172,6 +172,7 @@ class Loop:
                 model,
                 run_dir / "hf",
                 write=self.place.is_head,
+                tokenizer=self.config.tokenizer.path,
             )
         if self.place.is_head:
             write_report(run_dir)

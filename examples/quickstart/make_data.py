@@ -1,7 +1,7 @@
 """Writes the quick-start's data: prompts to train on, held-out prompts, and dialogues for the warm
 start.
 
-    python examples/quickstart/make_data.py --out runs/quickstart/data --seed 0
+    python examples/quickstart/make_data.py --out runs/quickstart/data [--dialogues 12800]
 
 The dialogues are in the order of a curriculum: tasks of one call, then all, then all by a careless
 assistant. The same seed writes the same bytes.
@@ -23,20 +23,22 @@ from rest_mega.records import ToolCall
 HERE = Path(__file__).parent
 _, tasks = load_modules([str(HERE / "desk.py"), str(HERE / "tasks.py")])
 
-TRAIN, HELD_OUT, DIALOGUES = 2048, 256, 240 * 32
-EASY, CARELESS = 0.25, 0.55
+TRAIN, HELD_OUT = 2048, 256
+EASY, CARELESS = 0.2, 0.6
 """Until here one call each; from here on by the careless assistant (shares of the dialogues)."""
-FLAWED = 0.8
+FLAWED = 0.75
 """Share of the careless assistant's dialogues that follow the slip of their kind."""
 
 
 def draw(rng: random.Random, kinds: Iterable[str], *, held_out: bool) -> Iterator[Any]:
     """Endless tasks, the kinds in turn, either all from the held-out combinations or none."""
     for kind in itertools.cycle(kinds):
-        task = tasks.KINDS[kind](rng)
-        while task.held_out != held_out:
-            task = tasks.KINDS[kind](rng)
-        yield task
+        yield next(t for t in _endless(rng, kind) if t.held_out == held_out)
+
+
+def _endless(rng: random.Random, kind: str) -> Iterator[Any]:
+    while True:
+        yield tasks.KINDS[kind](rng)
 
 
 def row(task: Any) -> dict[str, Any]:
@@ -61,14 +63,14 @@ def record(task: Any) -> dict[str, Any]:
 
 
 def prompts(seed: str, count: int, *, held_out: bool) -> Iterator[dict[str, Any]]:
-    """`count` rows, no combination twice."""
+    """`count` rows, the kinds in turn, no combination twice."""
+    rng = random.Random(seed)
     seen: set[int] = set()
-    for task in draw(random.Random(seed), tasks.KINDS, held_out=held_out):
-        if task.digest not in seen:
-            seen.add(task.digest)
-            yield row(task)
-        if len(seen) == count:
-            return
+    for kind in itertools.islice(itertools.cycle(tasks.KINDS), count):
+        fresh = (t for t in _endless(rng, kind) if t.held_out == held_out and t.digest not in seen)
+        task = next(fresh)
+        seen.add(task.digest)
+        yield row(task)
 
 
 def dialogue(task: Any, turns: Any, answer: int) -> dict[str, Any]:
@@ -81,13 +83,13 @@ def dialogue(task: Any, turns: Any, answer: int) -> dict[str, Any]:
         messages.append({"role": "assistant", "content": "", "tool_calls": asked})
         messages += [{"role": "tool", "name": n, "content": _answer(desk, n, a)} for n, a in calls]
     messages.append({"role": "assistant", "content": f"Answer: {answer}"})
-    return {"messages": messages, "tools": []}
+    return {"messages": messages, "tools": list(desk.specs)}
 
 
 def demonstrations(seed: str, count: int) -> Iterator[dict[str, Any]]:
     """The warm start's curriculum, none of it held out."""
     rng = random.Random(seed)
-    easy = draw(rng, list(tasks.KINDS)[:4], held_out=False)
+    easy = draw(rng, [kind.__name__ for kind in tasks.EASY], held_out=False)
     mixed = draw(rng, tasks.KINDS, held_out=False)
     for index in range(count):
         task = next(easy if index < EASY * count else mixed)
@@ -113,12 +115,13 @@ def write(
     seed: int,
     train: int = TRAIN,
     held_out: int = HELD_OUT,
-    dialogues: int = DIALOGUES,
+    dialogues: int = 0,
 ) -> None:
-    """The three files; another seed draws other tasks, but held-out combinations stay held out."""
+    """The files; another seed draws other tasks, but held-out combinations stay held out."""
     _write(out / "train.jsonl", prompts(f"train {seed}", train, held_out=False))
     _write(out / "held_out.jsonl", prompts(f"held out {seed}", held_out, held_out=True))
-    _write(out / "dialogues.jsonl", demonstrations(f"dialogues {seed}", dialogues))
+    if dialogues:
+        _write(out / "dialogues.jsonl", demonstrations(f"dialogues {seed}", dialogues))
 
 
 def main() -> None:
@@ -126,12 +129,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for train, held_out and dialogues .jsonl"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the files to write")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other tasks")
+    parser.add_argument("--dialogues", type=int, default=0, help="so many for the warm start")
     arguments = parser.parse_args()
-    write(arguments.out, seed=arguments.seed)
+    write(arguments.out, seed=arguments.seed, dialogues=arguments.dialogues)
 
 
 if __name__ == "__main__":

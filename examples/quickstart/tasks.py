@@ -116,6 +116,14 @@ def store(rng: random.Random) -> Task:
     return Task("store", question, ((_set(item, count),),), count, stock, flawed=((), count))
 
 
+def when(rng: random.Random) -> Task:
+    """One look into the calendar."""
+    person, day, hour = rng.choice(PEOPLE), rng.choice(DAYS), rng.randint(13, 20)
+    question = rng.choice((f"When is {person} free on {day}?", f"Find {person} an hour on {day}."))
+    turns: Turns = ((_find(person, day),),)
+    return Task("when", question, turns, hour, free={f"{person} {day}": hour})
+
+
 def change(rng: random.Random) -> Task:
     """Read, compute, write back; the slip: not writing back."""
     stock, (item, _) = _stock(rng)
@@ -169,17 +177,18 @@ def meet(rng: random.Random) -> Task:
     person, day, hour = rng.choice(PEOPLE), rng.choice(DAYS), rng.randint(13, 20)
     question = rng.choice((f"Book {person} on {day}.", f"Meet {person} on {day}."))
     turns: Turns = (
-        (("find_slot", {"person": person, "day": day}),),
+        (_find(person, day),),
         (("book", {"person": person, "day": day, "hour": hour}),),
     )
     flawed = ((("book", {"person": person, "day": day, "hour": 12}),),)
     return Task("meet", question, turns, hour, free={f"{person} {day}": hour}, flawed=(flawed, 12))
 
 
+EASY = (calculate, convert, look, store, when)
+"""The kinds with one call."""
 KINDS: Mapping[str, Callable[[random.Random], Task]] = {
-    f.__name__: f for f in (calculate, convert, look, store, change, total, copy, weigh, meet)
+    f.__name__: f for f in (*EASY, change, total, copy, weigh, meet)
 }
-"""The kinds with one call come first."""
 
 
 def _stock(rng: random.Random) -> tuple[dict[str, int], list[str]]:
@@ -194,6 +203,10 @@ def _get(item: str) -> Call:
 
 def _set(item: str, count: int) -> Call:
     return "set", {"item": item, "count": count}
+
+
+def _find(person: str, day: str) -> Call:
+    return "find_slot", {"person": person, "day": day}
 
 
 def _convert(value: int, unit: str, to: str) -> Call:

@@ -10,18 +10,23 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from rest_mega.sync.names import Piece, hf_names, hf_shape, named_parameters, pieces
 from rest_mega.trainer.model import Architecture
 from rest_mega.trainer.parallel import Parallel
 
 NamedTensor = tuple[str, torch.Tensor]
+
+SHARD_BYTES = 5 * 2**30
+"""Tensors of one exported file at most, unless one tensor alone is larger."""
 
 
 class Exporter:
@@ -101,46 +106,83 @@ class Exporter:
 
 
 def save_hf(
-    exporter: Exporter, architecture: Architecture, source: str, folder: Path, *, write: bool
+    exporter: Exporter,
+    architecture: Architecture,
+    source: str,
+    folder: Path,
+    *,
+    write: bool,
+    tokenizer: str = "",
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the policy as a Hugging Face checkpoint that `transformers` and SGLang load; collective
     over the replica.
 
-    config.json, tokenizer and template are copied from `source`; the folder appears complete or not
-    at all. `write` is True on the one rank that writes.
+    config.json is copied from `source`, tokenizer and template from `tokenizer` (empty: `source`).
+    The folder appears complete or not at all. `write` is True on the one rank that writes; it holds
+    at most about `shard_bytes` of tensors at a time.
     """
-    tensors = dict(exporter.stream())
+    stream = exporter.stream()
     if not write:
+        for _ in stream:
+            pass
         return
-    from safetensors.torch import save_file
-
-    missing = [name for name in hf_names(architecture) if name not in tensors]
-    assert not missing, f"export lacks {missing[:5]}"
     partial = folder.with_name(folder.name + ".partial")
-    _empty(partial)
-    save_file(tensors, str(partial / "model.safetensors"), metadata={"format": "pt"})
-    _copy_side_files(
-        Path(source), partial, str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    )
-    if folder.exists():
-        _empty(folder)
-        folder.rmdir()
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    written, dtype = _write_shards(stream, partial, shard_bytes)
+    missing = [name for name in hf_names(architecture) if name not in written]
+    assert not missing, f"export lacks {missing[:5]}"
+    _copy_side_files([Path(source), *([Path(tokenizer)] if tokenizer else [])], partial, dtype)
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
 
-def _empty(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        file.unlink()
+def _write_shards(
+    stream: Iterator[NamedTensor], folder: Path, limit: int
+) -> tuple[dict[str, Path], str]:
+    """(file of every tensor, dtype): one model.safetensors, or several with their index."""
+    where: dict[str, Path] = {}
+    held: dict[str, torch.Tensor] = {}
+    files: list[Path] = []
+    total, dtype = 0, ""
+
+    def flush() -> None:
+        files.append(folder / f"{len(files)}.safetensors")
+        save_file(held, str(files[-1]), metadata={"format": "pt"})
+        where.update(dict.fromkeys(held, files[-1]))
+        held.clear()
+
+    for name, tensor in stream:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > limit:
+            flush()
+        held[name], total = tensor, total + tensor.nbytes
+        dtype = str(tensor.dtype).removeprefix("torch.")
+    flush()
+    names = {file: _shard_name(n, len(files)) for n, file in enumerate(files, start=1)}
+    for file, name in names.items():
+        file.rename(folder / name)
+    if len(files) > 1:
+        weight_map = {name: names[file] for name, file in where.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return where, dtype
 
 
-def _copy_side_files(source: Path, target: Path, dtype: str) -> None:
-    for file in sorted(source.iterdir()):
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(
-            ".index.json"
-        ):
-            (target / file.name).write_bytes(file.read_bytes())
-    config = json.loads((target / "config.json").read_text())
+def _shard_name(number: int, count: int) -> str:
+    if count == 1:
+        return "model.safetensors"
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _copy_side_files(sources: list[Path], target: Path, dtype: str) -> None:
+    """config.json of the first source; tokenizer and template files of all, the last winning."""
+    for source in sources:
+        for file in sorted(source.iterdir()) if source.is_dir() else [source]:
+            keep = file.suffix in (".json", ".jinja", ".model", ".txt")
+            if keep and not file.name.endswith(".index.json"):
+                (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((sources[0] / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
