@@ -150,6 +150,7 @@ def _write_shards(
     def flush() -> None:
         files.append(folder / f"{len(files)}.safetensors")
         save_file(held, str(files[-1]), metadata={"format": "pt"})
+        files[-1].chmod(0o644)  # safetensors writes for the owner alone
         where.update(dict.fromkeys(held, files[-1]))
         held.clear()
 

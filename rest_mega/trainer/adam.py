@@ -25,9 +25,11 @@ class GroupStepAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
         bias_correction: bool = True,
+        capturable: bool = False,
     ) -> None:
         assert adam_w_mode, "only decoupled weight decay is implemented"
         assert bias_correction, "only the bias-corrected rule is implemented"
+        assert not capturable, "CUDA graphs are captured with FusedAdam only"
         defaults = {
             "lr": lr,
             "betas": betas,

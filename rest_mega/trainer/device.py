@@ -157,21 +157,36 @@ def _triton_stub() -> Iterator[None]:
     ):
         yield
         return
-    names = ("triton", "triton.language")
-    for name in names:
-        stub = types.ModuleType(name)
-        stub.__version__ = "3.0.0"  # type: ignore[attr-defined]
-        stub.jit = lambda function=None, **_: function  # type: ignore[attr-defined]
-        stub.constexpr = int  # type: ignore[attr-defined]
-        stub.cdiv = lambda a, b: -(-a // b)  # type: ignore[attr-defined]
-        stub.__spec__ = importlib.util.spec_from_loader(name, loader=None)
-        sys.modules[name] = stub
-    sys.modules["triton"].language = sys.modules["triton.language"]  # type: ignore[attr-defined]
+    stubs = {name: _TritonStub(name) for name in ("triton", "triton.language")}
+    stubs["triton"].__dict__["language"] = stubs["triton.language"]
+    sys.modules.update(stubs)
     try:
         yield
     finally:
-        for name in names:
+        for name in stubs:
             sys.modules.pop(name, None)
+
+
+class _Anything:
+    """A decorator, type or constant of triton: kernels are defined here, never run."""
+
+    def __call__(self, *_: object, **__: object) -> _Anything:
+        return self
+
+    def __getattr__(self, name: str) -> _Anything:
+        return self
+
+
+class _TritonStub(types.ModuleType):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__version__ = "3.0.0"
+        self.__spec__ = importlib.util.spec_from_loader(name, loader=None)
+
+    def __getattr__(self, name: str) -> _Anything:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything()
 
 
 # ------------------------------------------------------------------ the view of torch
