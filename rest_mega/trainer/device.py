@@ -1,7 +1,8 @@
 """CUDA or CPU: the device of this process, and all that megatron-core needs to run on a CPU.
 
-`adapt_mcore()` must run before anything else imports `megatron.core` (`trainer/__init__` sees to
-it). Where CUDA is present it does nothing. On a CPU it changes no file and leaves `torch` as it is:
+`adapt_mcore()` must run before anything else imports `megatron.core` (`parallel.start` sees to it).
+Where CUDA is present it does nothing but stand in for a missing FusedAdam. On a CPU it changes no
+file and leaves `torch` as it is:
 
 - mcore's modules get a *view* of torch as their global `torch`: the same functions, but its `cuda`
   answers for the CPU and factories accept `device="cuda"`; no cost per operation.
@@ -21,6 +22,7 @@ import importlib.util
 import multiprocessing
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,8 +103,12 @@ def peak_memory_bytes() -> int:
 @functools.cache
 def adapt_mcore() -> None:
     """Make megatron-core importable and runnable here; once per process."""
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor` is deprecated")
     if torch.cuda.is_available():
+        _use_group_step_adam()
         return
+    # Its fallbacks for missing GPU packages are what a CPU run wants.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     with _identity_compile(), _triton_stub():
         loaded = [
             importlib.import_module(f"megatron.core.{name}")
@@ -113,6 +119,7 @@ def adapt_mcore() -> None:
     _give_view()
     torch.Tensor.cuda = _as_is  # type: ignore[method-assign, assignment]  # on a CPU it could only raise
     _adapt_random()
+    _use_group_step_adam()
     _adapt_optimizer()
     _adapt_moe()
     _adapt_checkpointing()
@@ -285,18 +292,24 @@ def _adapt_random() -> None:
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
 
+def _use_group_step_adam() -> None:
+    """Without the FusedAdam of Transformer Engine or apex (on a GPU too) mcore falls back to
+    torch's AdamW, whose step counts do not survive a checkpoint of the DistributedOptimizer."""
+    optimizer: Any = importlib.import_module("megatron.core.optimizer")
+    distributed: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    from rest_mega.trainer.adam import GroupStepAdam
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        optimizer.Adam = distributed.Adam = GroupStepAdam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+
+
 def _adapt_optimizer() -> None:
-    """mcore tells parameters apart by `tensor.type()` and expects FusedAdam's per-group step
-    count."""
-    optimizer = importlib.import_module("megatron.core.optimizer")
+    """mcore tells parameters apart by `tensor.type()`."""
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     plain = importlib.import_module("megatron.core.optimizer.optimizer")
     clip = importlib.import_module("megatron.core.optimizer.clip_grads")
-    from rest_mega.trainer.adam import GroupStepAdam
-
-    optimizer.Adam = distributed.Adam = GroupStepAdam  # type: ignore[attr-defined]
-    optimizer.USING_PYTORCH_OPTIMIZER = False  # type: ignore[attr-defined]
-    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True  # type: ignore[attr-defined]
     cls = distributed.DistributedOptimizer
     cls.__init__ = _as_cuda_types(cls.__init__)
     mixed = plain.Float16OptimizerWithFloat16Params
