@@ -5,8 +5,8 @@
     done
     .venv/bin/python benchmarks/quickstart.py runs/quickstart/seed_*
 
-Entropy is the mean of -log p of the sampled tokens in nats; the last column is the time from the first
-phase to the last in minutes, evaluations included.
+Entropy is the mean of -log p of the sampled tokens in nats; the last column is the time from the
+first phase to the last in minutes, evaluations included.
 """
 
 from __future__ import annotations
