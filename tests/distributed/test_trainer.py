@@ -268,3 +268,20 @@ def test_bf16_measures_what_fp32_measures_to_its_own_precision(case: Any) -> Non
     assert bf16["metrics"]["entropy"] == pytest.approx(fp32["metrics"]["entropy"], rel=0.01)
     assert bf16["grad_norm"] == pytest.approx(fp32["grad_norm"], rel=0.05)
     assert bf16["loss"] == pytest.approx(fp32["loss"], abs=0.02)
+
+
+def _modules_with_the_true_torch(case: Any) -> list[str]:
+    import sys
+
+    import torch
+
+    bench = Bench(case, pipeline=2)
+    for optimizer in (OptimizerConfig(), OptimizerConfig(name="muon", distributed=False)):
+        bench.step(bench.trainer(optimizer), random_samples())
+    megatron = [name for name in sys.modules if name.startswith("megatron.core")]
+    assert len(megatron) > 100
+    return [n for n in megatron if getattr(sys.modules[n], "torch", None) is torch]
+
+
+def test_no_module_of_megatron_that_a_step_needs_sees_the_true_torch(case: Any) -> None:
+    assert run_ranks(_modules_with_the_true_torch, 2, case) == [[], []]
