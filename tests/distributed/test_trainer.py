@@ -1,84 +1,25 @@
-"""One step on one rank or two: the rows at the head, clipping, skipped steps, independence."""
+"""One step on one rank or two: the rows at the head, independence, short replicas, precision."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rest_mega.config import (
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PackingConfig,
-    ParallelConfig,
-)
-from rest_mega.records import Sample
-from tests.support.models import VOCAB, random_samples, save_model
+from rest_mega.config import OptimizerConfig
+from tests.support.bench import Bench, parameters, small_case
+from tests.support.models import VOCAB, random_samples
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
-SGD = OptimizerConfig(
-    name="sgd", lr=1.0, weight_decay=0.0, beta1=0.0, clip_grad=0.0, distributed=False
-)
-
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    """(path, architecture) of a small model; ranks need not import transformers."""
-    from rest_mega.trainer.model import read_architecture
-
-    path = str(save_model(tmp_path_factory.mktemp("qwen3"), "qwen3", num_hidden_layers=2))
-    return path, read_architecture(path)
-
-
-class Bench:
-    """A run on this rank that makes fresh trainers with the checkpoint's parameters."""
-
-    def __init__(self, case: tuple[str, Any], **sizes: int) -> None:
-        from rest_mega.trainer import parallel as places
-
-        self.path, self.architecture = case
-        self.place = places.start(ParallelConfig(**sizes), "cpu")
-
-    def trainer(
-        self, optimizer: OptimizerConfig = SGD, dtype: str = "fp32", tokens: int = 4096
-    ) -> Any:
-        from rest_mega.sync.load import load, open_source
-        from rest_mega.trainer.trainer import Trainer
-
-        trainer = Trainer(
-            self.architecture,
-            self.place,
-            model=ModelConfig(path=self.path, dtype=dtype),
-            optimizer=optimizer,
-            loss=LossConfig(),
-            packing=PackingConfig(tokens=tokens),
-            temperature=0.8,
-            total_steps=4,
-        )
-        source = open_source(self.path, "load", self.architecture, 0)
-        load(trainer.modules, source, self.architecture, self.place)
-        trainer.prepare()
-        return trainer
-
-    def step(self, trainer: Any, samples: list[Sample]) -> Any:
-        (batches,) = trainer.pack(samples)
-        (scores,) = trainer.score([batches])
-        return trainer.step(batches, scores, [np.ones(len(b.ids_T), np.float32) for b in batches])
-
-
-def parameters(trainer: Any) -> dict[str, np.ndarray]:
-    return {n: p.detach().float().numpy().copy() for n, p in trainer.modules[0].named_parameters()}
-
-
-def moved(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> np.ndarray:
-    return np.concatenate([(after[n].astype(np.float64) - before[n]).ravel() for n in before])
+    return small_case(tmp_path_factory.mktemp("small"))
 
 
 def on_one_rank(work: Callable[..., Any], *args: Any) -> Any:
@@ -108,61 +49,6 @@ def test_only_trained_rows_reach_the_head(case: Any) -> None:
     scored, trained, want = on_one_rank(_rows_at_the_head, case)
     assert len(want) > 1
     assert scored == trained == want
-
-
-def _clipped(case: Any) -> Any:
-    bench, answer = Bench(case), []
-    for clip in (0.0, 1e-3, 1e3):
-        trainer = bench.trainer(dataclasses.replace(SGD, clip_grad=clip))
-        before = parameters(trainer)
-        result = bench.step(trainer, random_samples())
-        answer.append((result.grad_norm, result.skipped, moved(before, parameters(trainer))))
-    return answer
-
-
-def test_clipping_scales_the_gradient_to_the_norm_and_leaves_smaller_ones(case: Any) -> None:
-    (norm, skipped, free), (same, _, tight), (_, _, loose) = on_one_rank(_clipped, case)
-    assert not skipped
-    assert same == norm > 1e-3  # what is reported is the norm before clipping
-    # lr=1: the step is the gradient, up to the parameters' own fp32 rounding.
-    assert np.linalg.norm(free) == pytest.approx(norm, rel=1e-5)
-    assert np.linalg.norm(tight) == pytest.approx(1e-3, rel=1e-3)
-    np.testing.assert_allclose(tight, free * (1e-3 / norm), atol=2e-7)
-    np.testing.assert_array_equal(loose, free)
-
-
-def _poisoned(case: Any, optimizer: OptimizerConfig) -> Any:
-    bench, good = Bench(case), random_samples()
-    bad = [dataclasses.replace(s, advantage=math.nan) if n == 3 else s for n, s in enumerate(good)]
-    once, twice = bench.trainer(optimizer), bench.trainer(optimizer)
-    start = parameters(twice)
-    skipped = bench.step(twice, bad)
-    unmoved = moved(start, parameters(twice))
-    results = [bench.step(trainer, good) for trainer in (once, twice)]
-    assert not any(result.skipped for result in results)
-    return skipped, unmoved, parameters(once), parameters(twice), start
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        OptimizerConfig(lr=1e-3),
-        OptimizerConfig(lr=1e-3, distributed=False, clip_grad=0.0),
-        SGD,
-        OptimizerConfig(name="muon", lr=1e-3, distributed=False),
-    ],
-    ids=["distributed adam", "adam", "sgd", "muon"],
-)
-def test_gradients_that_are_not_finite_are_skipped_as_if_they_had_never_been(
-    case: Any, optimizer: OptimizerConfig
-) -> None:
-    skipped, unmoved, once, twice, start = on_one_rank(_poisoned, case, optimizer)
-    assert skipped.skipped
-    assert not math.isfinite(skipped.grad_norm)
-    assert not unmoved.any()
-    assert moved(start, once).any()
-    for name, values in once.items():
-        np.testing.assert_array_equal(twice[name], values, err_msg=name)
 
 
 def _neighbours(case: Any) -> Any:
@@ -212,27 +98,6 @@ def test_supervised_steps_report_the_mean_negative_log_prob_and_lower_it(case: A
     losses = [loss for _, loss, _ in answer]
     assert losses == sorted(losses, reverse=True)
     assert [lr for _, _, lr in answer] == pytest.approx([0.5e-2, 1e-2, 1e-2])
-
-
-def _muon(case: Any) -> Any:
-    bench = Bench(case)
-    config = OptimizerConfig(
-        name="muon", lr=1e-4, muon_lr=0.01, distributed=False, weight_decay=0.0, clip_grad=0.0
-    )
-    trainer = bench.trainer(config)
-    before = parameters(trainer)
-    bench.step(trainer, random_samples())
-    after = parameters(trainer)
-    return {name: after[name] - before[name] for name in before}
-
-
-def test_muon_turns_hidden_matrices_and_adam_the_rest_each_at_its_own_rate(case: Any) -> None:
-    for name, step in on_one_rank(_muon, case).items():
-        if step.ndim == 2 and "embedding" not in name:
-            values = np.linalg.svd(step / max(1, step.shape[0] / step.shape[1]) ** 0.5)[1]
-            assert 0.0065 < np.median(values) < 0.0115, name
-        else:  # Adam's first step is the sign of the gradient
-            assert np.abs(step).max() == pytest.approx(1e-4, rel=2e-3), name
 
 
 def _short_of_samples(case: Any, mine: list[list[int]]) -> Any:
