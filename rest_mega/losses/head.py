@@ -75,14 +75,14 @@ class _Head(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         start, real, scale, group, _ = shard
         stats_4R = _local_statistics(hidden_RD, weight_VD[:real], targets_R - start, scale)
-        logprob_R, entropy_R, lse_R = _merge(_gather(stats_4R, group))
-        ctx.save_for_backward(hidden_RD, weight_VD, targets_R, lse_R, entropy_R)
+        logprob_R, entropy_R, m_R, log_s_R = _merge(_gather(stats_4R, group))
+        ctx.save_for_backward(hidden_RD, weight_VD, targets_R, m_R, log_s_R, entropy_R)
         ctx.shard = shard
         return logprob_R, entropy_R
 
     @staticmethod
     def backward(ctx: Any, d_logprob_R: torch.Tensor, d_entropy_R: torch.Tensor) -> Any:
-        hidden_RD, weight_VD, targets_R, lse_R, entropy_R = ctx.saved_tensors
+        hidden_RD, weight_VD, targets_R, m_R, log_s_R, entropy_R = ctx.saved_tensors
         start, real, scale, group, reduce_hidden_grad = ctx.shard
         d_hidden = torch.zeros(hidden_RD.shape, dtype=torch.float32, device=hidden_RD.device)
         d_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
@@ -91,13 +91,15 @@ class _Head(torch.autograd.Function):
             g = _logit_gradient(
                 _logits(hidden, weight, scale),
                 targets_R[rows] - start - columns.start,
-                lse_R[rows],
+                m_R[rows],
+                log_s_R[rows],
                 entropy_R[rows],
                 d_logprob_R[rows],
                 d_entropy_R[rows],
             )
             d_hidden[rows].addmm_(g, weight, alpha=scale)
             d_weight[columns].addmm_(g.T, hidden, alpha=scale)
+            del g  # or the next tile would be the third alive
         if group is not None and reduce_hidden_grad and dist.get_world_size(group) > 1:
             dist.all_reduce(d_hidden, group=group)
         return d_hidden.to(hidden_RD.dtype), d_weight.to(weight_VD.dtype), None, None
@@ -128,9 +130,11 @@ def _local_statistics(
         shift = torch.where(m[r].isinf(), torch.zeros_like(m_new), m[r] - m_new)
         z -= m_new[:, None]
         e = z.exp()
-        c[r] = shift.exp() * (c[r] + s[r] * shift) + torch.linalg.vecdot(e, z)
-        s[r] = shift.exp() * s[r] + e.sum(dim=1)
+        mass = e.sum(dim=1)
+        c[r] = shift.exp() * (c[r] + s[r] * shift) + e.mul_(z).sum(dim=1)
+        s[r] = shift.exp() * s[r] + mass
         m[r] = m_new
+        del z, e  # or the next tile would be the third alive
     log_s = s.log()
     # A shard that is all padding has no mass: -inf here drops it from the merge.
     inside = torch.where(s > 0, log_s - c / s.clamp_min(1e-38), torch.zeros_like(s))
@@ -152,8 +156,9 @@ def _gather(stats_4R: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Te
     return parts.view(size, 4, -1)
 
 
-def _merge(stats_P4R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logprob_R, entropy_R, log-sum-exp_R) of the whole vocabulary from the shards' statistics."""
+def _merge(stats_P4R: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(logprob_R, entropy_R, maximum_R, log of the centred sum_R) of the whole vocabulary from the
+    shards' statistics."""
     m_PR, log_s_PR, inside_PR, target_PR = stats_P4R.unbind(1)
     m_R = m_PR.amax(dim=0)
     log_mass_PR = m_PR - m_R + log_s_PR
@@ -164,21 +169,26 @@ def _merge(stats_P4R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
         w_PR * (inside_PR - torch.where(w_PR > 0, share_PR, torch.zeros_like(share_PR)))
     ).sum(dim=0)
     logprob_R = (target_PR.sum(dim=0) - m_R) - log_s_R
-    return logprob_R, entropy_R.clamp_min(0.0), m_R + log_s_R
+    return logprob_R, entropy_R.clamp_min(0.0), m_R, log_s_R
 
 
 def _logit_gradient(
     z: torch.Tensor,
     index: torch.Tensor,
-    lse: torch.Tensor,
+    m: torch.Tensor,
+    log_s: torch.Tensor,
     entropy: torch.Tensor,
     d_logprob: torch.Tensor,
     d_entropy: torch.Tensor,
 ) -> torch.Tensor:
-    """d loss / d z of one tile: g_l [j = y] - p_j (g_l + g_h (log p_j + H)); overwrites `z`."""
-    z -= lse[:, None]
-    p = z.exp()
-    g = z.add_(entropy[:, None]).mul_(d_entropy[:, None]).add_(d_logprob[:, None]).mul_(p).neg_()
+    """d loss / d z of one tile: g_l [j = y] - p_j (g_l + g_h (log p_j + H)); overwrites `z`.
+
+    `m` and `log_s` stay apart: their sum would round p_j by the offset of the logits.
+    """
+    z -= m[:, None]
+    e = z.exp()
+    g = z.add_((entropy - log_s)[:, None]).mul_(d_entropy[:, None]).add_(d_logprob[:, None])
+    g.mul_(e).mul_(-(-log_s).exp()[:, None])
     here = ((index >= 0) & (index < g.shape[1])).nonzero()[:, 0]
     g[here, index[here]] += d_logprob[here]
     return g

@@ -78,13 +78,14 @@ class ReplayEngine:
     def _add(self, line: str, place: str) -> None:
         try:
             row = json.loads(line)
+            ids = np.array(row["ids"], dtype=np.int32)
+            logprobs = np.array(row["logprobs"], dtype=np.float32)
+            if ids.ndim != 1 or ids.shape != logprobs.shape:
+                raise ValueError(f"ids {ids.shape} and logprobs {logprobs.shape} do not match")
             self._done[tuple(row["key"])] = Completion(
-                np.array(row["ids"], dtype=np.int32),
-                np.array(row["logprobs"], dtype=np.float32),
-                bool(row["finished"]),
-                int(row["version"]),
+                ids, logprobs, bool(row["finished"]), int(row["version"])
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ConfigError(
                 f"{place}: not a recorded completion ({error!r}); record the rollouts anew"
             ) from error

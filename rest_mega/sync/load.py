@@ -91,7 +91,7 @@ def _shards(folder: Path) -> list[Path]:
         )
     try:
         names = json.loads(index.read_text())["weight_map"].values()
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{index} is no safetensors index ({error}); fetch it anew") from error
     return sorted({folder / name for name in names})
 

@@ -20,6 +20,12 @@ def publish(exporter: Exporter, engine: Engine | None, version: int) -> None:
             raise AssertionError("only the lead receives tensors")
         return
     engine.load_parameters(tensors, version)
+    left = [name for name, _ in tensors]  # other ranks wait until the stream has been exhausted
+    if left:
+        raise RuntimeError(
+            f"the engine left {len(left)} tensors of version {version} unread, the first is "
+            f"{left[0]!r}"
+        )
     if engine.version != version:
         raise RuntimeError(
             f"the engine serves version {engine.version} after loading version {version}"

@@ -139,11 +139,16 @@ def _fill_state(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> Non
 
 
 def set_lr(optimizer: Any, config: OptimizerConfig, step: int, total: int) -> float:
-    """Set every group's learning rate for 1-based `step`; returns the main one."""
+    """Set every group's learning rate for 1-based `step`; returns the main one.
+
+    Also its weight decay: mcore marks norms and biases (`wd_mult` 0), and leaves it to its own
+    scheduler, which is not used here, to heed the mark.
+    """
     factor = lr_factor(config, step, total)
     for group in optimizer.param_groups:
         peak = config.muon_lr if "momentum" in group and config.name == "muon" else config.lr
         group["lr"] = peak * factor
+        group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
     return config.lr * factor
 
 

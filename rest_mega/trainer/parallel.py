@@ -121,10 +121,10 @@ class Parallel:
         """Every rank's text, in rank order, on every rank of `group` (default: all ranks)."""
         group = group or self.control
         size = dist.get_world_size(group)
-        data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
         dist.all_gather(lengths, torch.tensor([data.numel()]), group=group)
-        longest = max(int(n) for n in lengths)
+        longest = max(1, *(int(n) for n in lengths))
         parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(size)]
         dist.all_gather(
             parts, torch.nn.functional.pad(data, (0, longest - data.numel())), group=group

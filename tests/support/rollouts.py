@@ -1,0 +1,122 @@
+"""A scripted engine, an environment with a clock, and what every trajectory must be made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rest_mega.config import EnvironmentConfig, RolloutConfig
+from rest_mega.data.chat import ChatFormat
+from rest_mega.data.tokenizer import load_tokenizer
+from rest_mega.environments import ENVIRONMENTS, ToolEnvironment, tool
+from rest_mega.records import Prompt, Trajectory
+from rest_mega.rollout.collect import Collector
+from rest_mega.rollout.engine import Completion, Engine, Request, Sampling, seed_of
+
+TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "data" / "tiny_bpe", "hermes")
+CHAT = ChatFormat(TOKENIZER)
+END = TOKENIZER.end_of_turn_ids[0]
+SEED = "seed"
+
+
+class Counter(ToolEnvironment):
+    """Counts what it is told to add; the episode succeeds when the answer names the total."""
+
+    def __init__(self, task: Mapping[str, Any]) -> None:
+        super().__init__(task)
+        self.total = 0
+
+    @tool
+    def add(self, number: int) -> str:
+        """Add a number.
+
+        Args:
+            number: what to add
+        """
+        self.total += number
+        return f"total {self.total}"
+
+    def finish(self, answer: str) -> dict[str, Any]:
+        return {"success": answer == str(self.total), "answer": answer}
+
+
+ENVIRONMENTS.setdefault("test counter", Counter)
+
+
+def prompt(name: str, environment: str = "test counter", content: str = "Add 2 and 3.") -> Prompt:
+    """A task of one user message."""
+    return Prompt(name, ({"role": "user", "content": content},), environment=environment)
+
+
+def call(number: Any) -> str:
+    """A reply that adds `number`."""
+    return f'<tool_call>\n{{"name": "add", "arguments": {{"number": {number}}}}}\n</tool_call>'
+
+
+def reply_ids(text: str) -> list[int]:
+    """Ids of a reply and its end-of-turn token, as the policy would sample them."""
+    return [*TOKENIZER.encode("<|im_end|>" + text)[1:], END]
+
+
+class ScriptedEngine:
+    """Says the n-th line of an episode's script in its n-th turn; its version grows by one a
+    call."""
+
+    def __init__(self, scripts: Mapping[tuple[str, int], Sequence[str]], version: int = 7) -> None:
+        """`scripts`: (prompt id, sibling) -> replies."""
+        self._lines = {
+            seed_of(SEED, name, sibling, turn): text
+            for (name, sibling), lines in scripts.items()
+            for turn, text in enumerate(lines)
+        }
+        self.version, self.requests = version - 1, list[Request]()
+
+    def load_parameters(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
+        raise NotImplementedError
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        self.version += 1
+        self.requests += requests
+        return [self._complete(request) for request in requests]
+
+    def _complete(self, request: Request) -> Completion:
+        ids = reply_ids(self._lines[request.seed])
+        kept = np.array(ids[: request.max_new_tokens], dtype=np.int32)
+        logprobs = -np.arange(1, len(kept) + 1, dtype=np.float32) / 8
+        return Completion(kept, logprobs, len(kept) == len(ids), self.version)
+
+    def close(self) -> None: ...
+
+
+def collector(
+    engine: Engine, stop: Callable[[], bool] = lambda: False, **settings: Any
+) -> Collector:
+    """A collector of the tiny tokenizer's Hermes dialect."""
+    config = RolloutConfig(**{"max_tokens": 1024, "max_new_tokens": 256} | settings)
+    return Collector(engine, TOKENIZER, CHAT, "hermes", config, EnvironmentConfig(), stop)
+
+
+def assert_made_of_its_parts(trajectory: Trajectory) -> None:
+    """prompt | sampled | delta | sampled ...: nothing is missing, added or tokenised again."""
+    t = trajectory
+    specs = ENVIRONMENTS[t.prompt.environment](t.prompt.task).specs
+    ids = CHAT.prompt_ids(t.prompt.messages, t.prompt.tools or specs)
+    turn_T = [-1] * len(ids)
+    for n, turn in enumerate(t.turns):
+        if n:
+            before = t.turns[n - 1]
+            names = [c.name for c in before.calls] or [""]
+            answers = [o.content for o in before.outcomes]
+            delta = CHAT.tool_result_ids(list(zip(names, answers, strict=True)))
+            ids, turn_T = ids + delta, turn_T + [-1] * len(delta)
+        assert turn.start == len(ids)
+        sampled = t.ids_T[turn.start : turn.end].tolist()
+        ids, turn_T = ids + sampled, turn_T + [n] * len(sampled)
+    assert t.ids_T.tolist() == ids
+    assert t.turn_T.tolist() == turn_T
+    np.testing.assert_array_equal(t.mask_T, t.turn_T >= 0)
+    np.testing.assert_array_equal(t.version_T >= 0, t.mask_T)
+    assert not t.logprobs_T[~t.mask_T].any()
