@@ -119,6 +119,9 @@ def differences(ours: list[Predictions], theirs: list[Predictions]) -> dict[str,
 
 def main() -> int:
     """Compare and print; returns the exit code."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     _, config = read(["train", *sys.argv[1:]])
     place = parallel.start(config.parallel, config.run.device)
     samples, exported = texts(config), Path(config.run.dir) / "hf"
