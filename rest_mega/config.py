@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -163,7 +164,16 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         one_of("optimizer.name", self.name, ("adam", "sgd", "muon"))
         one_of("optimizer.decay", self.decay, ("constant", "linear", "cosine"))
-        require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
+        for name in ("lr", "muon_lr", "eps"):
+            value = getattr(self, name)
+            require(value > 0, f"optimizer.{name}={value} must be positive")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}={value} must be in [0, 1)")
+        require(
+            self.weight_decay >= 0,
+            f"optimizer.weight_decay={self.weight_decay} must not be negative",
+        )
         require(
             0 <= self.min_lr_ratio <= 1,
             f"optimizer.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]",
@@ -276,6 +286,11 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         require(len(self.parts) > 0, "rewards.parts is empty; name at least one reward function")
+        require(
+            any(self.parts.values()),
+            f"rewards.parts={dict(self.parts)} has no coefficient besides 0: no reply would be "
+            "better than another",
+        )
 
 
 @dataclass(frozen=True)
@@ -400,6 +415,10 @@ class TelemetryConfig:
 
     def __post_init__(self) -> None:
         one_of("telemetry.console", self.console, ("auto", "bar", "plain"))
+        require(
+            self.trajectories >= 0,
+            f"telemetry.trajectories={self.trajectories} must not be negative",
+        )
 
 
 @dataclass(frozen=True)
@@ -502,6 +521,7 @@ def known_keys() -> list[str]:
 
 
 def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
+    tree = {} if tree is None else tree  # a section whose keys are all commented out
     require(
         isinstance(tree, Mapping),
         f"{prefix.rstrip('.') or 'the config'} must be a mapping, not {tree!r}",
@@ -554,7 +574,9 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         except (TypeError, ValueError):
             number = None
         require(
-            number is not None and (kind is float or number == int(number)),
+            number is not None
+            and math.isfinite(number)
+            and (kind is float or number == int(number)),
             f"{key}={value!r} must be {_A[kind]}",
         )
         return value if kind is int and isinstance(value, int) else kind(typing.cast(float, number))
