@@ -109,10 +109,9 @@ class ParallelConfig:
             self.virtual_pipeline == 1 or self.pipeline > 1,
             f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1",
         )
-        require(
-            self.timeout_s > 0 and self.rollout_timeout_s > 0,
-            "parallel timeouts must be positive seconds",
-        )
+        for name in ("timeout_s", "rollout_timeout_s"):
+            seconds = getattr(self, name)
+            require(seconds > 0, f"parallel.{name}={seconds} must be positive")
 
     @property
     def replica_size(self) -> int:
@@ -542,12 +541,12 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
 
 
 def _unknown(key: str, siblings: list[str]) -> ConfigError:
-    near = difflib.get_close_matches(key, siblings + known_keys(), n=3, cutoff=0.5)
-    hint = (
-        f"did you mean {' or '.join(dict.fromkeys(near))}?"
-        if near
-        else f"known keys: {', '.join(siblings)}"
-    )
+    # Compare last parts: a long common section would make any two keys look alike.
+    word = key.split(".")[-1]
+    known = list(dict.fromkeys(siblings + known_keys()))
+    names = difflib.get_close_matches(word, [k.split(".")[-1] for k in known], n=3)
+    near = [k for name in dict.fromkeys(names) for k in known if k.split(".")[-1] == name][:3]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(siblings)}"
     return ConfigError(f"unknown config key {key!r}; {hint}")
 
 
