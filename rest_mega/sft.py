@@ -36,7 +36,10 @@ def read_samples(config: RunConfig, inputs: Inputs) -> list[Sample]:
     require(bool(config.sft.data), "sft.data is empty; name a JSONL file of chat dialogues")
     samples = []
     for number, (messages, tools) in enumerate(load_dialogues(config.sft.data), start=1):
-        ids, mask = inputs.chat.dialogue_ids(messages, tools)
+        try:
+            ids, mask = inputs.chat.dialogue_ids(messages, tools)
+        except ConfigError as error:
+            raise ConfigError(f"{config.sft.data}: dialogue {number}: {error}") from error
         if len(ids) - 1 > config.packing.tokens:
             raise ConfigError(
                 f"{config.sft.data}: dialogue {number} has {len(ids)} tokens, packing.tokens is "

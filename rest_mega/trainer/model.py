@@ -95,7 +95,7 @@ def read_architecture(path: str) -> Architecture:
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers validates with error classes of its own
         raise ConfigError(f"model.path={path!r} holds no readable config.json ({error})") from error
     family = FAMILIES.get(config.model_type)
     if family is None:
