@@ -31,9 +31,10 @@ from rest_mega.trainer.trainer import Trainer
 T = TypeVar("T")
 
 _SAME_MODEL = ("model.path", "model.init", "tokenizer.path", "tokenizer.dialect")
+_SAME_TRAINING = ("run.seed", "optimizer.name", "optimizer.distributed")
 _SAME_RUN = {
-    "train": (*_SAME_MODEL, "data.train", "run.seed", "optimizer.name"),
-    "sft": (*_SAME_MODEL, "sft.data", "run.seed", "optimizer.name"),
+    "train": (*_SAME_MODEL, *_SAME_TRAINING, "data.train"),
+    "sft": (*_SAME_MODEL, *_SAME_TRAINING, "sft.data"),
     "eval": _SAME_MODEL,
 }
 """Verb -> what must be as the checkpoint's run had it."""

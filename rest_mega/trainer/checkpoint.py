@@ -9,12 +9,13 @@ config) as plain JSON.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,13 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
 
     ConfigError when files are missing, truncated, or of another model.
     """
+    from megatron.core import dist_checkpointing
+
     state = read_state(folder)
-    loaded = _load(folder, lambda: _sharded(trainer, is_loading=True))
-    _set_parameters(trainer, loaded)
-    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    with _refusing(folder):
+        loaded = dist_checkpointing.load(_sharded(trainer, is_loading=True), str(folder))
+        _set_parameters(trainer, loaded)
+        trainer.optimizer.load_state_dict(loaded["optimizer"])
     trainer.optimizer_steps = int(state["optimizer_steps"])
     return state
 
@@ -132,22 +136,35 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
 @torch.no_grad()
 def load_parameters(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Set the parameters alone, of a trainer without optimizer; returns the run state."""
+    from megatron.core import dist_checkpointing
+
     state = read_state(folder)
-    _set_parameters(trainer, _load(folder, lambda: _sharded_models(trainer)))
+    with _refusing(folder):
+        _set_parameters(trainer, dist_checkpointing.load(_sharded_models(trainer), str(folder)))
     return state
 
 
-def _load(folder: Path, wanted: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:
-    from megatron.core import dist_checkpointing
+@contextlib.contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong while `folder` is read becomes a ConfigError."""
+    from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but its base
 
     try:
-        return dict(dist_checkpointing.load(wanted(), str(folder)))
-    except Exception as error:
+        yield
+    except (Exception, CheckpointException) as error:
         raise ConfigError(
-            f"checkpoint {folder} does not load ({type(error).__name__}: {error}); if files are "
-            "damaged, move it away to resume from the one before; if the model changed, use "
+            f"checkpoint {folder} does not load ({_cause(error)}); if files are damaged, move it "
+            "away to resume from the one before; if the model or the optimizer changed, use "
             "another run.dir or run.fresh=true"
         ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The first rank's own error, cut to a line: mcore lists every tensor of the checkpoint."""
+    failures = getattr(error, "failures", None)
+    first = next(iter(failures.values()))[0] if failures else error
+    text = " ".join(str(first).split())
+    return f"{type(first).__name__}: {text if len(text) <= 200 else text[:197] + '...'}"
 
 
 def _set_parameters(trainer: Trainer, loaded: Mapping[str, Any]) -> None:
