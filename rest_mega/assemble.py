@@ -2,94 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import signal
-import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from rest_mega import launch
 from rest_mega.config import ConfigError, RunConfig, one_of, require
 from rest_mega.data.chat import ChatFormat
 from rest_mega.data.prompts import load_prompts
-from rest_mega.data.tokenizer import Tokenizer, load_tokenizer
+from rest_mega.data.tokenizer import load_tokenizer
 from rest_mega.dialects import DIALECTS, Region
 from rest_mega.environments import load_modules
 from rest_mega.records import Prompt
 from rest_mega.rewards import Rubric
-from rest_mega.rollout.collect import Collector
+from rest_mega.rollout.collect import Collector, check_prompts
 from rest_mega.rollout.engine import Engine
+from rest_mega.session import Inputs, Session
+from rest_mega.stop import Stop
 from rest_mega.sync.export import Exporter
 from rest_mega.sync.load import load, open_source
 from rest_mega.telemetry.reporter import Reporter
 from rest_mega.trainer import checkpoint, parallel
-from rest_mega.trainer.model import Architecture, read_architecture
+from rest_mega.trainer.model import read_architecture
 from rest_mega.trainer.trainer import Trainer
 
+T = TypeVar("T")
 
-class Stop:
-    """Remembers that SIGINT or SIGTERM asked the run to end; a second signal ends it at once."""
-
-    def __init__(self) -> None:
-        self._asked = threading.Event()
-
-    def watch(self) -> None:
-        """Take over both signals; does nothing outside the main thread."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # torchrun passes on what the terminal already sent: count a signal once per kind.
-        self._asked.set()
-
-    def __call__(self) -> bool:
-        """True once a signal came."""
-        return self._asked.is_set()
+_SAME_MODEL = ("model.path", "model.init", "tokenizer.path", "tokenizer.dialect")
+_SAME_TRAINING = ("run.seed", "optimizer.name", "optimizer.distributed")
+_SAME_RUN = {
+    "train": (*_SAME_MODEL, *_SAME_TRAINING, "data.train"),
+    "sft": (*_SAME_MODEL, *_SAME_TRAINING, "sft.data"),
+    "eval": _SAME_MODEL,
+}
+"""Verb -> what must be as the checkpoint's run had it."""
 
 
-@dataclass
-class Inputs:
-    """What the config points at, read and checked."""
-
-    architecture: Architecture
-    tokenizer: Tokenizer
-    chat: ChatFormat
-    rubric: Rubric
-    train: list[Prompt] = field(default_factory=list)
-    held_out: list[Prompt] = field(default_factory=list)
+# ------------------------------------------------------------------ before the ranks meet
 
 
-@dataclass
-class Session:
-    """One rank's parts of a run. Engine and collector exist on leads only."""
+def read_inputs(config: RunConfig, verb: str) -> Inputs:
+    """Read model, tokenizer, environments and prompts; ConfigError says what does not fit.
 
-    config: RunConfig
-    inputs: Inputs
-    place: parallel.Parallel
-    trainer: Trainer
-    exporter: Exporter
-    reporter: Reporter
-    engine: Engine | None
-    collector: Collector | None
-    stop: Stop
-    resumed: Mapping[str, Any] = field(default_factory=dict)
-    """The run state of the checkpoint this run resumed from; empty for a new run."""
-
-    def close(self) -> None:
-        """End the engine, the reporter and the process groups."""
-        if self.engine is not None:
-            self.engine.close()
-        self.reporter.close()
-        parallel.stop()
-
-
-def read_inputs(config: RunConfig, *, prompts: bool) -> Inputs:
-    """Read model config, tokenizer, environments and prompts; ConfigError says what does not
-    fit."""
+    Every rank reads for itself and finds the same: no process group exists yet.
+    """
     config.check_world(launch.world_size())
     require(
         bool(config.model.path), "model.path is empty; point it at a Hugging Face checkpoint folder"
@@ -104,28 +62,141 @@ def read_inputs(config: RunConfig, *, prompts: bool) -> Inputs:
     require(
         tokenizer.vocab_size <= architecture.vocab_size,
         f"the tokenizer has {tokenizer.vocab_size} tokens, the model {architecture.vocab_size} "
-        "embedding rows: "
-        "use the tokenizer that belongs to the model",
+        "embedding rows: use the tokenizer that belongs to the model",
     )
-    inputs = Inputs(architecture, tokenizer, ChatFormat(tokenizer), Rubric(config.rewards))
-    if prompts:
+    chat = ChatFormat(tokenizer)
+    train, held_out = _prompts(config, verb)
+    check_prompts(train + held_out, chat, config.rollout.max_tokens)
+    rubric = Rubric(config.rewards)
+    source = open_source(config.model.path, config.model.init, architecture, config.run.seed)
+    _check_checkpoint(config, verb)
+    return Inputs(architecture, source, tokenizer, chat, rubric, train, held_out)
+
+
+def _prompts(config: RunConfig, verb: str) -> tuple[list[Prompt], list[Prompt]]:
+    """(train, held out), as far as the verb uses them."""
+    data, train, held_out = config.data, [], []
+    if verb == "train":
+        require(bool(data.train), "data.train is empty; name a JSONL or Parquet file of prompts")
+        train = load_prompts(data.train, data.system)
+    if verb == "eval":
         require(
-            bool(config.data.train), "data.train is empty; name a JSONL or Parquet file of prompts"
+            bool(data.held_out),
+            "data.held_out is empty; name a JSONL or Parquet file of prompts to evaluate on",
         )
-        inputs.train = load_prompts(config.data.train, config.data.system)
-    if config.data.held_out:
-        inputs.held_out = load_prompts(config.data.held_out, config.data.system)[
-            : config.evaluation.prompts
-        ]
-    return inputs
+    if data.held_out:
+        held_out = load_prompts(data.held_out, data.system)[: config.evaluation.prompts]
+    return train, held_out
 
 
-def open_session(config: RunConfig, inputs: Inputs, *, total_steps: int, rollouts: bool) -> Session:
+def _check_checkpoint(config: RunConfig, verb: str) -> None:
+    """ConfigError when the checkpoint that this run would resume from is damaged or another
+    run's."""
+    found = checkpoint.newest(Path(config.run.dir))
+    if found is None or (config.run.fresh and verb != "eval"):
+        return
+    state = checkpoint.read_state(found)
+    remedy = "use another run.dir, or start anew with run.fresh=true"
+    require(
+        verb in ("eval", state["verb"]),
+        f"the checkpoint {found} was made by `{state['verb']}`, not `{verb}`; {remedy}",
+    )
+    now, then = config.to_dict(), state["config"]
+    for key in _SAME_RUN[verb]:
+        section, name = key.split(".")
+        new, old = now[section][name], then.get(section, {}).get(name)
+        require(
+            new == old,
+            f"{key}={new!r} contradicts the checkpoint {found}, made with {old!r}; {remedy}",
+        )
+
+
+# ------------------------------------------------------------------ all ranks together
+
+
+def open_session(
+    config: RunConfig, inputs: Inputs, verb: str, *, total_steps: int, rollouts: bool
+) -> Session:
     """Start the process groups, build or resume the trainer, start the engine; every rank calls it
     together."""
-    stop = Stop()
-    stop.watch()
     place = parallel.start(config.parallel, config.run.device)
+    try:
+        return _open(config, inputs, verb, place, total_steps, rollouts)
+    except BaseException:
+        parallel.stop()
+        raise
+
+
+def _together(place: parallel.Parallel, build: Callable[[], T]) -> T:
+    """What `build()` makes; where it raises ConfigError on some ranks, the first of them raises it
+    and all others leave with exit code 2 in silence."""
+    made: T | None = None
+    problem = ""
+    try:
+        made = build()
+    except ConfigError as error:
+        problem = str(error)
+    problems = [text.strip() for text in place.gather_text(problem)]
+    failed = [rank for rank, text in enumerate(problems) if text]
+    if failed and place.rank == failed[0]:
+        raise ConfigError(problem)
+    if failed:
+        raise SystemExit(2)
+    return cast(T, made)
+
+
+def _open(
+    config: RunConfig,
+    inputs: Inputs,
+    verb: str,
+    place: parallel.Parallel,
+    total_steps: int,
+    rollouts: bool,
+) -> Session:
+    trainer = _together(place, lambda: _trainer(config, inputs, place, total_steps))
+    run_dir, trains = Path(config.run.dir), verb != "eval"
+    if trains:
+        _run_directory(config, run_dir, place)
+        trainer.prepare()
+    # One rank looks, so that all see the same also on a file system that lags.
+    found = place.gather_text(str(checkpoint.newest(run_dir) or "") if place.is_head else "")[0]
+    resumed: Mapping[str, Any] = {}
+    if found.strip():
+        restore = checkpoint.load if trains else checkpoint.load_parameters
+        resumed = _together(place, lambda: restore(trainer, Path(found)))
+    stop, leads = Stop(), rollouts and place.is_lead
+    engine = _together(place, lambda: _engine(config, inputs, place, trains) if leads else None)
+    collector = _collector(config, inputs, engine, stop) if engine is not None else None
+    reporter = Reporter(
+        run_dir,
+        config.telemetry,
+        total_steps=config.run.steps,
+        active=place.is_head and trains,
+        resume_step=resumed.get("step"),
+        region_names=[region.name for region in Region],
+        config_tree=config.to_dict(),
+    )
+    exporter = Exporter(trainer.modules, inputs.architecture, place)
+    stop.watch()
+    return Session(
+        config=config,
+        verb=verb,
+        inputs=inputs,
+        place=place,
+        trainer=trainer,
+        exporter=exporter,
+        reporter=reporter,
+        engine=engine,
+        collector=collector,
+        stop=stop,
+        resumed=resumed,
+    )
+
+
+def _trainer(
+    config: RunConfig, inputs: Inputs, place: parallel.Parallel, total_steps: int
+) -> Trainer:
+    """The policy with the weights that `model` names; its optimizer not yet built."""
     trainer = Trainer(
         inputs.architecture,
         place,
@@ -136,47 +207,17 @@ def open_session(config: RunConfig, inputs: Inputs, *, total_steps: int, rollout
         temperature=config.rollout.temperature,
         total_steps=total_steps,
     )
-    run_dir = Path(config.run.dir)
-    resume_from = _run_directory(config, run_dir, place)
-    source = open_source(config.model.path, config.model.init, inputs.architecture, config.run.seed)
-    load(trainer.modules, source, inputs.architecture, place)
-    trainer.prepare()
-    resumed = checkpoint.load(trainer, resume_from) if resume_from else {}
-    engine = _engine(config, inputs, place) if rollouts and place.is_lead else None
-    reporter = Reporter(
-        run_dir,
-        config.telemetry,
-        total_steps=config.run.steps,
-        active=place.is_head,
-        resume_step=resumed.get("step"),
-        region_names=[region.name for region in Region],
-        config_tree=config.to_dict(),
-    )
-    return Session(
-        config=config,
-        inputs=inputs,
-        place=place,
-        trainer=trainer,
-        exporter=Exporter(trainer.modules, inputs.architecture, place),
-        reporter=reporter,
-        engine=engine,
-        collector=_collector(config, inputs, engine, stop) if engine is not None else None,
-        stop=stop,
-        resumed=resumed,
-    )
+    load(trainer.modules, inputs.source, inputs.architecture, place)
+    return trainer
 
 
-def _run_directory(config: RunConfig, run_dir: Path, place: parallel.Parallel) -> Path | None:
-    """Make the run directory; the checkpoint to resume from, the same on all ranks."""
+def _run_directory(config: RunConfig, run_dir: Path, place: parallel.Parallel) -> None:
+    """Make the run directory; with run.fresh the old one is renamed first."""
     if place.is_head:
         if config.run.fresh and run_dir.exists():
             _move_aside(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
     place.barrier()
-    found = checkpoint.newest(run_dir)
-    if found is not None:
-        _check_same_run(config, checkpoint.read_state(found), found)
-    return found
 
 
 def _move_aside(run_dir: Path) -> None:
@@ -186,34 +227,11 @@ def _move_aside(run_dir: Path) -> None:
     os.replace(run_dir, target)
 
 
-_FIXED = (
-    "model.path",
-    "model.init",
-    "tokenizer.path",
-    "tokenizer.dialect",
-    "data.train",
-    "run.seed",
-    "optimizer.name",
-)
-
-
-def _check_same_run(config: RunConfig, state: Mapping[str, Any], folder: Path) -> None:
-    now, then = config.to_dict(), state["config"]
-    for key in _FIXED:
-        section, name = key.split(".")
-        if now[section][name] != then[section][name]:
-            raise ConfigError(
-                f"{key}={now[section][name]!r} contradicts the checkpoint {folder}, made with "
-                f"{then[section][name]!r}; "
-                "use another run.dir, or start anew with run.fresh=true"
-            )
-
-
-def _engine(config: RunConfig, inputs: Inputs, place: parallel.Parallel) -> Engine:
+def _engine(config: RunConfig, inputs: Inputs, place: parallel.Parallel, record: bool) -> Engine:
     from rest_mega.rollout.engines import make_engine
 
     return make_engine(
-        config.rollout,
+        dataclasses.replace(config.rollout, record=config.rollout.record and record),
         model_path=config.model.path,
         dtype=config.model.dtype,
         tokenizer=inputs.tokenizer,
@@ -223,7 +241,7 @@ def _engine(config: RunConfig, inputs: Inputs, place: parallel.Parallel) -> Engi
 
 
 def _collector(config: RunConfig, inputs: Inputs, engine: Engine, stop: Stop) -> Collector:
-    collector = Collector(
+    return Collector(
         engine,
         inputs.tokenizer,
         inputs.chat,
@@ -232,13 +250,3 @@ def _collector(config: RunConfig, inputs: Inputs, engine: Engine, stop: Stop) ->
         config.environment,
         stop=stop,
     )
-    collector.check(inputs.train + inputs.held_out)
-    return collector
-
-
-def run_state(session: Session, **more: Any) -> dict[str, Any]:
-    """What a checkpoint keeps beside tensors."""
-    return {"config": session.config.to_dict(), **more}
-
-
-__all__ = ["Inputs", "Session", "Stop", "open_session", "read_inputs", "run_state"]

@@ -7,7 +7,7 @@ import difflib
 import importlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ MEGATRON_ALIASES = {
     "--tensor-model-parallel-size": "parallel.tensor",
     "--pipeline-model-parallel-size": "parallel.pipeline",
     "--num-virtual-stages-per-pipeline-rank": "parallel.virtual_pipeline",
+    "--virtual-pipeline-model-parallel-size": "parallel.virtual_pipeline",
     "--context-parallel-size": "parallel.context",
     "--expert-model-parallel-size": "parallel.expert",
     "--sequence-parallel": "parallel.sequence",
@@ -40,6 +41,16 @@ MEGATRON_ALIASES = {
     "--train-iters": "run.steps",
 }
 """Megatron's own names; the flags among them stand for true."""
+
+NO_COUNTERPART = {
+    "--micro-batch-size": "micro-batches are filled by tokens: set packing.tokens",
+    "--global-batch-size": "a step has rollout.prompts_per_step x rollout.samples_per_prompt "
+    "trajectories",
+    "--expert-tensor-parallel-size": "it is parallel.tensor",
+    "--load": "a run resumes from the newest checkpoint in run.dir; set run.dir",
+    "--save": "checkpoints are written into run.dir; set run.dir",
+}
+"""Names of Megatron's that many type, and what to write instead."""
 
 _FLAGS = ("--sequence-parallel", "--use-distributed-optimizer")
 
@@ -67,16 +78,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verb, config = read(words)
         module = importlib.import_module(VERBS[verb][0])
-        return int(module.run(config))
+        inputs = module.read(config)
+    except ConfigError as error:
+        if launch.local_rank() == 0:  # all ranks of a machine read the same files
+            sys.stderr.write(f"rest-mega: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return _interrupted()
+    return _run(module, config, inputs)
+
+
+def _run(module: Any, config: RunConfig, inputs: Any) -> int:
+    try:
+        return int(module.run(config, inputs))
     except ConfigError as error:
         who = f" [rank {launch.rank()}]" if launch.world_size() > 1 else ""
         sys.stderr.write(f"rest-mega{who}: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        return _interrupted()
     except Exception:
         # Tell why before torchrun ends the peers that now wait for this rank.
         traceback.print_exc()
         sys.stderr.flush()
         return 1
+
+
+def _interrupted() -> int:
+    sys.stderr.write("rest-mega: interrupted before training began\n")
+    return 130
 
 
 def read(words: Sequence[str]) -> tuple[str, RunConfig]:
@@ -103,8 +133,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         here = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise ConfigError(f"no config file {str(path)!r}{_near(str(path), here)}")
     try:
-        tree = yaml.load(path.read_text(), Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if tree is None:
         return {}
@@ -119,11 +149,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                raise yaml.YAMLError(f"{key!r} in line {line} cannot be a key")
             if key in seen:
-                raise yaml.YAMLError(
-                    f"key {key!r} stands twice, again in line {key_node.start_mark.line + 1}"
-                )
+                raise yaml.YAMLError(f"key {key!r} stands twice, again in line {line}")
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -132,7 +162,9 @@ def lay_over(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set `section.key` (or deeper) in the nested dictionaries of `tree`."""
     *path, last = key.split(".")
     for part in path:
-        below = tree.setdefault(part, {})
+        if tree.get(part) is None:  # absent, or a section without keys
+            tree[part] = {}
+        below = tree[part]
         if not isinstance(below, dict):
             raise ConfigError(f"{key}: {part} is {below!r}, which has no keys below it")
         tree = below
@@ -151,6 +183,7 @@ def _overrides(words: list[str]) -> list[tuple[str, Any]]:
         else:
             raise ConfigError(
                 f"{word!r} is neither section.key=value nor one of Megatron's options"
+                f"{_near_key(word.split('=')[0])}"
             )
     return found
 
@@ -159,6 +192,8 @@ def _megatron(word: str, words: list[str]) -> tuple[str, Any]:
     name, has_value, text = word.partition("=")
     if name == "--bf16":
         return "model.dtype", "bf16"
+    if name in NO_COUNTERPART:
+        raise ConfigError(f"{name} has no counterpart here: {NO_COUNTERPART[name]}")
     if name not in MEGATRON_ALIASES:
         raise ConfigError(
             f"unknown option {name!r}{_near(name, list(MEGATRON_ALIASES))}; or write "
@@ -179,6 +214,13 @@ def _value(key: str, text: str) -> Any:
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}={text!r} is not a YAML value: {error}") from error
     return "" if value is None and text == "" else value
+
+
+def _near_key(word: str) -> str:
+    """The keys whose last part is nearest to `word`."""
+    near = difflib.get_close_matches(word, [key.split(".")[1] for key in known_keys()], n=1)
+    keys = [key for key in known_keys() if key.split(".")[1] in near]
+    return f"; did you mean {' or '.join(keys[:3])}?" if keys else ""
 
 
 def _near(word: str, known: list[str]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -108,10 +109,9 @@ class ParallelConfig:
             self.virtual_pipeline == 1 or self.pipeline > 1,
             f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1",
         )
-        require(
-            self.timeout_s > 0 and self.rollout_timeout_s > 0,
-            "parallel timeouts must be positive seconds",
-        )
+        for name in ("timeout_s", "rollout_timeout_s"):
+            seconds = getattr(self, name)
+            require(seconds > 0, f"parallel.{name}={seconds} must be positive")
 
     @property
     def replica_size(self) -> int:
@@ -163,7 +163,16 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         one_of("optimizer.name", self.name, ("adam", "sgd", "muon"))
         one_of("optimizer.decay", self.decay, ("constant", "linear", "cosine"))
-        require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
+        for name in ("lr", "muon_lr", "eps"):
+            value = getattr(self, name)
+            require(value > 0, f"optimizer.{name}={value} must be positive")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}={value} must be in [0, 1)")
+        require(
+            self.weight_decay >= 0,
+            f"optimizer.weight_decay={self.weight_decay} must not be negative",
+        )
         require(
             0 <= self.min_lr_ratio <= 1,
             f"optimizer.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]",
@@ -276,6 +285,11 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         require(len(self.parts) > 0, "rewards.parts is empty; name at least one reward function")
+        require(
+            any(self.parts.values()),
+            f"rewards.parts={dict(self.parts)} has no coefficient besides 0: no reply would be "
+            "better than another",
+        )
 
 
 @dataclass(frozen=True)
@@ -400,6 +414,10 @@ class TelemetryConfig:
 
     def __post_init__(self) -> None:
         one_of("telemetry.console", self.console, ("auto", "bar", "plain"))
+        require(
+            self.trajectories >= 0,
+            f"telemetry.trajectories={self.trajectories} must not be negative",
+        )
 
 
 @dataclass(frozen=True)
@@ -502,6 +520,7 @@ def known_keys() -> list[str]:
 
 
 def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
+    tree = {} if tree is None else tree  # a section whose keys are all commented out
     require(
         isinstance(tree, Mapping),
         f"{prefix.rstrip('.') or 'the config'} must be a mapping, not {tree!r}",
@@ -522,12 +541,12 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
 
 
 def _unknown(key: str, siblings: list[str]) -> ConfigError:
-    near = difflib.get_close_matches(key, siblings + known_keys(), n=3, cutoff=0.5)
-    hint = (
-        f"did you mean {' or '.join(dict.fromkeys(near))}?"
-        if near
-        else f"known keys: {', '.join(siblings)}"
-    )
+    # Compare last parts: a long common section would make any two keys look alike.
+    word = key.split(".")[-1]
+    known = list(dict.fromkeys(siblings + known_keys()))
+    names = difflib.get_close_matches(word, [k.split(".")[-1] for k in known], n=3)
+    near = [k for name in dict.fromkeys(names) for k in known if k.split(".")[-1] == name][:3]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(siblings)}"
     return ConfigError(f"unknown config key {key!r}; {hint}")
 
 
@@ -554,7 +573,9 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         except (TypeError, ValueError):
             number = None
         require(
-            number is not None and (kind is float or number == int(number)),
+            number is not None
+            and math.isfinite(number)
+            and (kind is float or number == int(number)),
             f"{key}={value!r} must be {_A[kind]}",
         )
         return value if kind is int and isinstance(value, int) else kind(typing.cast(float, number))

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
-from rest_mega.assemble import Inputs, Session, open_session, read_inputs, run_state
+from rest_mega.assemble import open_session, read_inputs
 from rest_mega.config import ConfigError, RunConfig, require
 from rest_mega.data.prompts import load_dialogues
-from rest_mega.evaluate import held_out
 from rest_mega.records import Sample
-from rest_mega.sync.export import save_hf
-from rest_mega.sync.publish import publish
-from rest_mega.telemetry.report import summary_line, write_report
-from rest_mega.trainer import checkpoint
-
-INTERRUPTED = 130
+from rest_mega.session import Inputs, Session
 
 
-def run(config: RunConfig) -> int:
+def read(config: RunConfig) -> tuple[Inputs, list[Sample]]:
+    """Everything that the run reads, checked before the ranks meet."""
+    inputs = read_inputs(config, "sft")
+    return inputs, read_samples(config, inputs)
+
+
+def run(config: RunConfig, read: tuple[Inputs, list[Sample]]) -> int:
     """Train on the assistant turns of `sft.data` for `run.steps` steps; evaluates at the end if
     prompts are given."""
-    inputs = read_inputs(config, prompts=False)
-    samples = read_samples(config, inputs)
+    inputs, samples = read
     session = open_session(
-        config, inputs, total_steps=config.run.steps, rollouts=bool(inputs.held_out)
+        config, inputs, "sft", total_steps=config.run.steps, rollouts=bool(inputs.held_out)
     )
     try:
         return _loop(session, samples)
@@ -39,7 +36,10 @@ def read_samples(config: RunConfig, inputs: Inputs) -> list[Sample]:
     require(bool(config.sft.data), "sft.data is empty; name a JSONL file of chat dialogues")
     samples = []
     for number, (messages, tools) in enumerate(load_dialogues(config.sft.data), start=1):
-        ids, mask = inputs.chat.dialogue_ids(messages, tools)
+        try:
+            ids, mask = inputs.chat.dialogue_ids(messages, tools)
+        except ConfigError as error:
+            raise ConfigError(f"{config.sft.data}: dialogue {number}: {error}") from error
         if len(ids) - 1 > config.packing.tokens:
             raise ConfigError(
                 f"{config.sft.data}: dialogue {number} has {len(ids)} tokens, packing.tokens is "
@@ -74,8 +74,7 @@ def _loop(s: Session, samples: list[Sample]) -> int:
     config, place, step = s.config, s.place, int(s.resumed.get("step", 0))
     while step < config.run.steps:
         if place.sum_one(s.stop()) > 0:
-            _save(s, step)
-            return INTERRUPTED
+            return s.interrupt(step)
         step += 1
         mine = step_indices(len(samples), config, step)[place.data_rank :: place.data_size]
         with s.reporter.phase("train"):
@@ -85,37 +84,8 @@ def _loop(s: Session, samples: list[Sample]) -> int:
             "train/grad_norm": result.grad_norm,
             "train/lr": result.lr,
         }
-        last = step == config.run.steps
-        if s.inputs.held_out and (
-            last or (config.evaluation.every and step % config.evaluation.every == 0)
-        ):
-            with s.reporter.phase("evaluate"):
-                publish(s.exporter, s.engine, step)
-                metrics |= held_out(s)
-        s.reporter.step(step, metrics, [])
-        if last or (config.run.save_every and step % config.run.save_every == 0):
-            _save(s, step)
-    _finish(s)
-    return 0
-
-
-def _save(s: Session, step: int) -> None:
-    run = s.config.run
-    checkpoint.save(s.trainer, Path(run.dir), step, run_state(s), run.keep_checkpoints)
-    s.reporter.event("checkpoint", f"saved step {step}")
-
-
-def _finish(s: Session) -> None:
-    run_dir = Path(s.config.run.dir)
-    if s.config.run.export and s.place.data_rank == 0:
-        save_hf(
-            s.exporter,
-            s.inputs.architecture,
-            s.config.model.path,
-            run_dir / "hf",
-            write=s.place.is_head,
-            tokenizer=s.config.tokenizer.path,
-        )
-    if s.place.is_head:
-        write_report(run_dir)
-        s.reporter.event("done", summary_line(run_dir))
+        s.reporter.step(step, metrics)
+        if not s.evaluate(step, first=False):
+            return s.interrupt(step)
+        s.save_where_due(step)
+    return s.finish()

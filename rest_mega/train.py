@@ -3,35 +3,36 @@ publish."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
-from rest_mega.assemble import Session, open_session, read_inputs, run_state
+import numpy as np
+
+from rest_mega.assemble import open_session, read_inputs
 from rest_mega.config import RunConfig
 from rest_mega.credit import weights as credit
 from rest_mega.credit.assign import assign
 from rest_mega.credit.entropy import EntropyTracker
 from rest_mega.data.prompts import PromptStream
 from rest_mega.dialects import Region
-from rest_mega.evaluate import held_out
 from rest_mega.records import Prompt, Sample
 from rest_mega.rollout.engine import Sampling
+from rest_mega.session import Inputs, Session
 from rest_mega.step_metrics import RolloutView, credit_metrics, rollout_metrics, step_metrics
-from rest_mega.sync.export import save_hf
-from rest_mega.sync.publish import publish
-from rest_mega.telemetry.report import summary_line, write_report
-from rest_mega.trainer import checkpoint
 from rest_mega.trainer.exchange import share_samples
 
-INTERRUPTED = 130
-"""Exit code of a run that a signal ended after it saved its checkpoint."""
+
+def read(config: RunConfig) -> Inputs:
+    """Everything that the run reads, checked before the ranks meet."""
+    no_entropy_K = np.zeros(len(Region), dtype=np.float32)
+    credit.region_weights(config.credit, no_entropy_K, progress=0.0, step=1)  # checks its ranges
+    return read_inputs(config, "train")
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, inputs: Inputs) -> int:
     """Train with ResT until `run.steps`, from the newest checkpoint of the run directory; returns
     the exit code."""
-    inputs = read_inputs(config, prompts=True)
     total = config.run.steps * config.loss.optimizer_steps
-    session = open_session(config, inputs, total_steps=total, rollouts=True)
+    session = open_session(config, inputs, "train", total_steps=total, rollouts=True)
     try:
         return Loop(session).run()
     finally:
@@ -53,23 +54,21 @@ class Loop:
 
     def run(self) -> int:
         """Steps with publication, evaluation and checkpoints between them."""
-        self._publish()
-        if self.step == 0:
-            self._evaluate()
+        s = self.s
+        s.publish(self.step)
+        if not s.evaluate(self.step, first=True):
+            return s.interrupt(self.step, **self._state())
         while self.step < self.config.run.steps:
             if not self._train_step():
-                self._save()
-                return INTERRUPTED
-            self._publish()
-            if self._due(self.config.evaluation.every) or self.step == self.config.run.steps:
-                self._evaluate()
-            if self._due(self.config.run.save_every) or self.step == self.config.run.steps:
-                self._save()
-        self._finish()
-        return 0
+                return s.interrupt(self.step, **self._state())
+            s.publish(self.step)
+            if not s.evaluate(self.step, first=True):
+                return s.interrupt(self.step, **self._state())
+            s.save_where_due(self.step, **self._state())
+        return s.finish()
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
+    def _state(self) -> dict[str, Any]:
+        return {"prompts": self.stream.state(), "entropy": self.entropy.state()}
 
     def _train_step(self) -> bool:
         """One rollout batch and its optimizer steps; False when a stop was asked for, the step then
@@ -138,42 +137,3 @@ class Loop:
             groups, rewards_PG, parts, dropped, config.credit, config.tokenizer.dialect, step
         )
         return [sample for group in kept for sample in group], view
-
-    def _publish(self) -> None:
-        with self.s.reporter.phase("publish"):
-            publish(self.s.exporter, self.s.engine, self.step)
-
-    def _evaluate(self) -> None:
-        if not self.s.inputs.held_out:
-            return
-        with self.s.reporter.phase("evaluate"):
-            metrics = held_out(self.s)
-        if metrics:
-            self.s.reporter.step(self.step, metrics, [])
-
-    def _save(self) -> None:
-        state = run_state(
-            self.s, prompts=self.stream.state(), entropy=self.entropy.state(), version=self.step
-        )
-        run = self.config.run
-        with self.s.reporter.phase("save"):
-            folder = checkpoint.save(
-                self.s.trainer, Path(run.dir), self.step, state, run.keep_checkpoints
-            )
-        self.s.reporter.event("checkpoint", f"saved {folder}")
-
-    def _finish(self) -> None:
-        """Export, report, and the one line that says what came of it."""
-        run_dir, model = Path(self.config.run.dir), self.config.model.path
-        if self.config.run.export and self.place.data_rank == 0:
-            save_hf(
-                self.s.exporter,
-                self.s.inputs.architecture,
-                model,
-                run_dir / "hf",
-                write=self.place.is_head,
-                tokenizer=self.config.tokenizer.path,
-            )
-        if self.place.is_head:
-            write_report(run_dir)
-            self.s.reporter.event("done", summary_line(run_dir))

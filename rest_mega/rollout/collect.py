@@ -29,6 +29,33 @@ class _Episode:
     stop: str = ""
 
 
+def check_prompts(prompts: Sequence[Prompt], chat: ChatFormat, max_tokens: int) -> None:
+    """ConfigError when a prompt's environment is unknown or refuses its task, or when the prompt
+    leaves no room to reply."""
+    for prompt in prompts:
+        _begin(prompt, chat, max_tokens)
+
+
+def _begin(prompt: Prompt, chat: ChatFormat, max_tokens: int) -> tuple[Environment, list[int]]:
+    """A fresh environment, and the ids that the episode starts with."""
+    try:
+        environment = make_environment(prompt.environment, prompt.task)
+    except ConfigError as error:
+        raise ConfigError(f"prompt {prompt.id!r}: {error}") from error
+    except Exception as error:
+        raise ConfigError(
+            f"prompt {prompt.id!r}: environment {prompt.environment!r} refuses its task "
+            f"({type(error).__name__}: {error}); mend the row"
+        ) from error
+    ids = chat.prompt_ids(prompt.messages, prompt.tools or environment.specs)
+    if len(ids) >= max_tokens:
+        raise ConfigError(
+            f"prompt {prompt.id!r} has {len(ids)} tokens, rollout.max_tokens is {max_tokens}: "
+            "raise rollout.max_tokens (and packing.tokens) or leave the prompt out"
+        )
+    return environment, ids
+
+
 class Collector:
     """Plays prompts against their environments with one engine."""
 
@@ -45,11 +72,6 @@ class Collector:
         """`stop()` is asked between turns: once true, collection ends without a result."""
         self._engine, self._tokenizer, self._chat, self._dialect = engine, tokenizer, chat, dialect
         self._config, self._limits, self._stop = config, limits, stop
-
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """ConfigError when a prompt names an unknown environment or leaves no room to reply."""
-        for prompt in prompts:
-            self._open(prompt, 0)
 
     def collect(
         self, prompts: Sequence[Prompt], siblings: int, sampling: Sampling, seed: object
@@ -75,14 +97,7 @@ class Collector:
         return [trajectories[i : i + siblings] for i in range(0, len(trajectories), siblings)]
 
     def _open(self, prompt: Prompt, sibling: int) -> _Episode:
-        environment = make_environment(prompt.environment, prompt.task)
-        ids = self._chat.prompt_ids(prompt.messages, prompt.tools or environment.specs)
-        if len(ids) >= self._config.max_tokens:
-            raise ConfigError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens, rollout.max_tokens is "
-                f"{self._config.max_tokens}: "
-                "raise rollout.max_tokens (and packing.tokens) or leave the prompt out"
-            )
+        environment, ids = _begin(prompt, self._chat, self._config.max_tokens)
         return _Episode(prompt, sibling, environment, Ledger(ids))
 
     def _request(self, episode: _Episode, seed: tuple[object, ...]) -> Request:

@@ -197,4 +197,5 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _tensorboard(folder: Path, resume_step: int | None) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
+    # A new run in an old directory purges everything that was written there before.
+    return SummaryWriter(str(folder), purge_step=0 if resume_step is None else resume_step + 1)

@@ -9,12 +9,13 @@ config) as plain JSON.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rest_mega.config import ConfigError
 from rest_mega.trainer.trainer import Trainer
 
 _STATE = "run_state.json"
+_KEYS = ("step", "optimizer_steps", "verb", "config")
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -46,13 +48,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / _STATE).read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{folder / _STATE} cannot be read ({error}); move {folder} away to resume from the "
-            "checkpoint before it, "
-            "or start anew with run.fresh=true"
-        ) from error
-    assert isinstance(state, dict), state
-    return state
+        raise _damaged(folder, str(error)) from error
+    missing = [key for key in _KEYS if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise _damaged(folder, f"it lacks {', '.join(missing)}")
+    return dict(state)
+
+
+def _damaged(folder: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"{folder / _STATE} cannot be read ({why}); move {folder} away to resume from the "
+        "checkpoint before it, or start anew with run.fresh=true"
+    )
 
 
 def save(trainer: Trainer, run_dir: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
@@ -74,8 +81,7 @@ def save(trainer: Trainer, run_dir: Path, step: int, state: Mapping[str, Any], k
     if parallel.is_head:
         whole = dict(state) | {"step": step, "optimizer_steps": trainer.optimizer_steps}
         (partial / _STATE).write_text(json.dumps(whole, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        _put_in_place(partial, folder)
         _prune(folder.parent, keep)
     parallel.barrier()
     return folder
@@ -91,11 +97,21 @@ def _sync_options(save_function: Any) -> dict[str, Any]:
     )
 
 
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Rename `partial` to `folder`; what stood there is removed only afterwards."""
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep`, and what interrupted saves left behind."""
     complete = sorted(
         (p for p in folder.glob("step_*") if _step(p) is not None), key=lambda p: _step(p) or 0
     )
-    for old in complete[:-keep]:
+    for old in [*complete[:-keep], *folder.glob("step_*.partial"), *folder.glob("step_*.old")]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -109,32 +125,71 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
     state = read_state(folder)
-    try:
+    with _refusing(folder):
         loaded = dist_checkpointing.load(_sharded(trainer, is_loading=True), str(folder))
-    except Exception as error:
-        raise ConfigError(
-            f"checkpoint {folder} does not load ({type(error).__name__}: {error}); if files are "
-            "damaged, move it away to "
-            "resume from the one before; if the model changed, use another run.dir or "
-            "run.fresh=true"
-        ) from error
-    for index, module in enumerate(trainer.modules):
-        module.load_state_dict(loaded[f"model{index}"])
-    trainer.optimizer.load_state_dict(loaded["optimizer"])
+        _set_parameters(trainer, loaded)
+        trainer.optimizer.load_state_dict(loaded["optimizer"])
     trainer.optimizer_steps = int(state["optimizer_steps"])
     return state
 
 
+@torch.no_grad()
+def load_parameters(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """Set the parameters alone, of a trainer without optimizer; returns the run state."""
+    from megatron.core import dist_checkpointing
+
+    state = read_state(folder)
+    with _refusing(folder):
+        _set_parameters(trainer, dist_checkpointing.load(_sharded_models(trainer), str(folder)))
+    return state
+
+
+@contextlib.contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong while `folder` is read becomes a ConfigError."""
+    from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but its base
+
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        raise ConfigError(
+            f"checkpoint {folder} does not load ({_cause(error)}); if files are damaged, move it "
+            "away to resume from the one before; if the model or the optimizer changed, use "
+            "another run.dir or run.fresh=true"
+        ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The first rank's own error, cut to a line: mcore lists every tensor of the checkpoint."""
+    failures = getattr(error, "failures", None)
+    first = next(iter(failures.values()))[0] if failures else error
+    text = " ".join(str(first).split())
+    return f"{type(first).__name__}: {text if len(text) <= 200 else text[:197] + '...'}"
+
+
+def _set_parameters(trainer: Trainer, loaded: Mapping[str, Any]) -> None:
+    for index, module in enumerate(trainer.modules):
+        module.load_state_dict(loaded[f"model{index}"])
+
+
 def _sharded(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
-    metadata = {
+    models = _sharded_models(trainer)
+    optimizer = trainer.optimizer.sharded_state_dict(
+        models, is_loading=is_loading, metadata=_metadata(trainer)
+    )
+    return {**models, "optimizer": optimizer}
+
+
+def _sharded_models(trainer: Trainer) -> dict[str, Any]:
+    metadata = _metadata(trainer)
+    return {
+        f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(trainer.modules)
+    }
+
+
+def _metadata(trainer: Trainer) -> dict[str, Any]:
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": trainer.parallel.groups.dp_cp,
         "chained_optim_avoid_prefix": True,
     }
-    models = {
-        f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(trainer.modules)
-    }
-    optimizer = trainer.optimizer.sharded_state_dict(
-        models, is_loading=is_loading, metadata=metadata
-    )
-    return {**models, "optimizer": optimizer}

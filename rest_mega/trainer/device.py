@@ -19,7 +19,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import multiprocessing
+import queue
 import sys
 import types
 import warnings
@@ -356,8 +356,8 @@ def _adapt_moe() -> None:
 
 
 def _adapt_checkpointing() -> None:
-    """The writer's result queue is made by a spawned manager (10 s of imports per rank); fork it
-    instead."""
+    """The writer's result queue is made by a spawned manager (10 s of imports per rank, and it
+    outlives a rank that is killed); our saves use it within one process."""
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     for name in ("_get_write_results_queue", "get_write_results_queue"):
         if hasattr(writer, name):
@@ -365,5 +365,5 @@ def _adapt_checkpointing() -> None:
 
 
 @functools.cache
-def _results_queue(*_: object) -> Any:
-    return multiprocessing.get_context("fork").Manager().Queue()
+def _results_queue(*_: object) -> queue.Queue[Any]:
+    return queue.Queue()

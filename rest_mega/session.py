@@ -1,0 +1,159 @@
+"""Session: one rank's parts of a run, and what every kind of training does between its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rest_mega.config import RunConfig
+from rest_mega.data.chat import ChatFormat
+from rest_mega.data.tokenizer import Tokenizer
+from rest_mega.evaluation.held_out import evaluate
+from rest_mega.records import Prompt
+from rest_mega.rewards import Rubric
+from rest_mega.rollout.collect import Collector
+from rest_mega.rollout.engine import Engine, Sampling
+from rest_mega.stop import Stop
+from rest_mega.sync.export import Exporter, save_hf
+from rest_mega.sync.load import Source
+from rest_mega.sync.publish import publish
+from rest_mega.telemetry.report import summary_line, write_report
+from rest_mega.telemetry.reporter import Reporter
+from rest_mega.trainer import checkpoint, parallel
+from rest_mega.trainer.model import Architecture
+from rest_mega.trainer.trainer import Trainer
+
+INTERRUPTED = 130
+"""Exit code of a run that a signal ended after it saved its checkpoint."""
+
+
+@dataclass
+class Inputs:
+    """What the config points at, read and checked."""
+
+    architecture: Architecture
+    source: Source
+    """The weights to start from."""
+    tokenizer: Tokenizer
+    chat: ChatFormat
+    rubric: Rubric
+    train: list[Prompt] = field(default_factory=list)
+    held_out: list[Prompt] = field(default_factory=list)
+
+
+@dataclass
+class Session:
+    """One rank's parts of a run. Engine and collector exist on leads only; the methods are called
+    by all ranks together."""
+
+    config: RunConfig
+    verb: str
+    inputs: Inputs
+    place: parallel.Parallel
+    trainer: Trainer
+    exporter: Exporter
+    reporter: Reporter
+    engine: Engine | None
+    collector: Collector | None
+    stop: Stop
+    resumed: Mapping[str, Any] = field(default_factory=dict)
+    """The run state of the checkpoint this run resumed from; empty for a new run."""
+
+    def __post_init__(self) -> None:
+        self._published = -1
+        self._evaluated = int(self.resumed.get("evaluated", -1))
+        self._saved = (int(self.resumed.get("step", -1)), self._evaluated)
+
+    def publish(self, step: int) -> None:
+        """Load the parameters into the engine, as version `step`."""
+        with self.reporter.phase("publish"):
+            publish(self.exporter, self.engine, step)
+        self._published = step
+
+    def evaluate(self, step: int, *, first: bool) -> bool:
+        """Evaluate after `step` where it is due (`first`: also before any step) and not yet done.
+
+        False when a stop was asked for meanwhile: the run that resumes evaluates anew.
+        """
+        due = self._due(self.config.evaluation.every, step) or (first and step == 0)
+        if not self.inputs.held_out or not due or self._evaluated == step:
+            return True
+        if self._published != step:
+            self.publish(step)
+        with self.reporter.phase("evaluate"):
+            metrics = self.measure()
+        if not metrics:
+            return False
+        self.reporter.step(step, metrics)
+        self._evaluated = step
+        return True
+
+    def measure(self) -> dict[str, float]:
+        """Held-out metrics of the published parameters, sampled and (evaluation.greedy) greedy;
+        empty when a stop was asked for."""
+        config = self.config
+        modes = {"sampled": Sampling(config.rollout.temperature)}
+        if config.evaluation.greedy:
+            modes["greedy"] = Sampling(greedy=True)
+        inputs = self.inputs
+        return evaluate(
+            self.place, self.collector, inputs.rubric, inputs.held_out, modes, config.run.seed
+        )
+
+    def save(self, step: int, **state: Any) -> None:
+        """Write the checkpoint of `step` with the loop's own `state`, unless it is there
+        already."""
+        if self._saved == (step, self._evaluated):
+            return
+        run = self.config.run
+        whole = {
+            "verb": self.verb,
+            "config": self.config.to_dict(),
+            "evaluated": self._evaluated,
+            **state,
+        }
+        with self.reporter.phase("save"):
+            folder = checkpoint.save(self.trainer, Path(run.dir), step, whole, run.keep_checkpoints)
+        self._saved = (step, self._evaluated)
+        self.reporter.event("checkpoint", f"saved {folder}")
+
+    def save_where_due(self, step: int, **state: Any) -> None:
+        """Save after every `run.save_every` steps and after the last one."""
+        if self._due(self.config.run.save_every, step):
+            self.save(step, **state)
+
+    def interrupt(self, step: int, **state: Any) -> int:
+        """Save what was reached; returns the exit code of an interrupted run."""
+        self.save(step, **state)
+        self.reporter.event(
+            "interrupted", f"interrupted after step {step}; the same command resumes there"
+        )
+        return INTERRUPTED
+
+    def finish(self) -> int:
+        """Export, report, and the one line that says what came of it; returns the exit code 0."""
+        run_dir, head = Path(self.config.run.dir), self.place.is_head
+        if self.config.run.export and self.place.data_rank == 0:
+            architecture, source = self.inputs.architecture, self.config.model.path
+            tokenizer = self.config.tokenizer.path
+            save_hf(
+                self.exporter, architecture, source, run_dir / "hf", write=head, tokenizer=tokenizer
+            )
+        if head:
+            write_report(run_dir)
+            self.reporter.event("done", summary_line(run_dir))
+        self.place.barrier()
+        return 0
+
+    def _due(self, every: int, step: int) -> bool:
+        return step == self.config.run.steps or (every > 0 and step > 0 and step % every == 0)
+
+    def close(self) -> None:
+        """End the engine, the reporter and the process groups."""
+        self.stop.release()
+        if self.engine is not None:
+            self.engine.close()
+        self.reporter.close()
+        parallel.stop()

@@ -1,0 +1,259 @@
+"""A checkpoint is the same run at any layout: bit-equal parameters, and the steps that would have
+come next."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rest_mega.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig, ParallelConfig
+from tests.support.models import random_samples, save_model
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS = {
+    "1": (1, ParallelConfig()),
+    "dp2": (2, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tensor=2)),
+    "pp2": (2, ParallelConfig(pipeline=2)),
+    "pp2 vpp2": (2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
+    "tp2 pp2 sp": (4, ParallelConfig(tensor=2, pipeline=2, sequence=True)),
+}
+ADAM = OptimizerConfig(lr=1e-2, distributed=True, decay="linear", min_lr_ratio=0.1)
+PLAIN = dataclasses.replace(ADAM, distributed=False)
+MUON = OptimizerConfig(name="muon", lr=1e-2, muon_lr=0.05, distributed=False)
+OPTIMIZERS = {"adam distributed": ADAM, "adam": PLAIN, "muon": MUON}
+BEFORE, AFTER = 2, 2
+"""Steps taken before and after the checkpoint."""
+
+
+def _trainer(path: str, parallel: ParallelConfig, optimizer: OptimizerConfig) -> Any:
+    from rest_mega.sync.load import load, open_source
+    from rest_mega.trainer import parallel as places
+    from rest_mega.trainer.model import read_architecture
+    from rest_mega.trainer.trainer import Trainer
+
+    place = places.start(parallel, "auto")
+    architecture = read_architecture(path)
+    trainer = Trainer(
+        architecture,
+        place,
+        model=ModelConfig(path=path),
+        optimizer=optimizer,
+        loss=LossConfig(),
+        packing=PackingConfig(tokens=128),
+        temperature=1.0,
+        total_steps=10,
+    )
+    load(trainer.modules, open_source(path, "load", architecture, 0), architecture, place)
+    trainer.prepare()
+    return trainer
+
+
+def _exported(trainer: Any) -> dict[str, Any]:
+    from rest_mega.sync.export import Exporter
+
+    stream = Exporter(trainer.modules, trainer.architecture, trainer.parallel).stream()
+    return {name: tensor.numpy().copy() for name, tensor in stream}
+
+
+def _steps(trainer: Any, first: int, count: int) -> list[tuple[float, float, float]]:
+    """(loss, gradient norm, learning rate) of supervised steps on the samples of each step."""
+    place, results = trainer.parallel, []
+    for step in range(first, first + count):
+        samples = random_samples(8, seed=step)[place.data_rank :: place.data_size]
+        result = trainer.supervised_step(trainer.pack(samples)[0])
+        results.append((result.loss, result.grad_norm, result.lr))
+    return results
+
+
+def _go_on(trainer: Any) -> dict[str, Any]:
+    """What the run holds now, and what comes next."""
+    from rest_mega.trainer import parallel as places
+
+    now = _exported(trainer)
+    answer = {"now": now, "steps": _steps(trainer, BEFORE, AFTER), "then": _exported(trainer)}
+    places.stop()
+    return answer
+
+
+def _save(path: str, run_dir: str, parallel: ParallelConfig, optimizer: OptimizerConfig) -> Any:
+    from rest_mega.trainer import checkpoint
+
+    trainer = _trainer(path, parallel, optimizer)
+    _steps(trainer, 0, BEFORE)
+    state = {"verb": "sft", "config": {}, "note": "kept"}
+    checkpoint.save(trainer, Path(run_dir), BEFORE, state, keep=1)
+    return _go_on(trainer)
+
+
+def _resume(path: str, run_dir: str, parallel: ParallelConfig, optimizer: OptimizerConfig) -> Any:
+    from rest_mega.trainer import checkpoint
+
+    trainer = _trainer(path, parallel, optimizer)
+    found = checkpoint.newest(Path(run_dir))
+    assert found is not None
+    state = checkpoint.load(trainer, found)
+    assert (state["step"], state["note"], trainer.optimizer_steps) == (BEFORE, "kept", BEFORE)
+    return _go_on(trainer)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model(tmp_path_factory.mktemp("model"), "qwen3"))
+
+
+@pytest.fixture(scope="module")
+def saved(model: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(layout, optimizer) -> (run directory, what the run that saved it went on to do)."""
+    made: dict[Any, Any] = {}
+
+    def get(layout: str, optimizer: OptimizerConfig) -> tuple[str, dict[str, Any]]:
+        if (layout, optimizer) not in made:
+            folder = str(tmp_path_factory.mktemp("run"))
+            world, parallel = LAYOUTS[layout]
+            answers = run_ranks(_save, world, model, folder, parallel, optimizer)
+            made[layout, optimizer] = (folder, answers[0])
+        return made[layout, optimizer]
+
+    return get
+
+
+def _same(got: dict[str, Any], want: dict[str, Any], *, exact: bool) -> None:
+    assert set(got["now"]) == set(want["now"])
+    for name, value in want["now"].items():
+        np.testing.assert_array_equal(got["now"][name], value, err_msg=name)
+    if exact:
+        assert got["steps"] == want["steps"]
+        for name, value in want["then"].items():
+            np.testing.assert_array_equal(got["then"][name], value, err_msg=name)
+    else:  # the second step depends on the optimizer's state and schedule
+        np.testing.assert_allclose(got["steps"], want["steps"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("adam distributed", "dp2"), ("adam", "tp2"), ("muon", "pp2")]
+)
+def test_at_the_same_layout_the_run_goes_on_bit_for_bit(
+    name: str, layout: str, model: str, saved: Any
+) -> None:
+    optimizer = OPTIMIZERS[name]
+    folder, want = saved(layout, optimizer)
+    world, parallel = LAYOUTS[layout]
+    _same(run_ranks(_resume, world, model, folder, parallel, optimizer)[0], want, exact=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "other"),
+    [
+        ("adam distributed", "dp2", "tp2"),
+        ("adam distributed", "dp2", "pp2 vpp2"),
+        ("adam distributed", "tp2 pp2 sp", "1"),
+        ("adam", "tp2", "pp2"),
+        ("muon", "pp2", "dp2"),
+    ],
+)
+def test_at_another_layout_the_same_run_goes_on(
+    name: str, layout: str, other: str, model: str, saved: Any
+) -> None:
+    optimizer = OPTIMIZERS[name]
+    folder, want = saved(layout, optimizer)
+    world, parallel = LAYOUTS[other]
+    _same(run_ranks(_resume, world, model, folder, parallel, optimizer)[0], want, exact=False)
+
+
+# ------------------------------------------------------------------ damage
+
+
+def _refusals(
+    path: str, folders: list[str], parallel: ParallelConfig, optimizer: OptimizerConfig
+) -> list[str]:
+    from rest_mega.config import ConfigError
+    from rest_mega.trainer import checkpoint
+
+    trainer, messages = _trainer(path, parallel, optimizer), []
+    for folder in folders:
+        try:
+            checkpoint.load(trainer, Path(folder))
+            messages.append("")
+        except ConfigError as error:
+            messages.append(str(error))
+    return messages
+
+
+def _damage(folder: Path, kind: str) -> None:
+    data = sorted(folder.glob("*.distcp"), key=lambda p: p.stat().st_size)[-1]
+    if kind == "truncated":
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    elif kind == "empty":
+        data.write_bytes(b"")
+    elif kind == "missing":
+        data.unlink()
+    else:
+        (folder / kind).write_bytes(b"")
+
+
+DAMAGE = ["truncated", "empty", "missing", ".metadata", "metadata.json", "common.pt"]
+
+
+def test_damaged_files_are_refused_on_every_rank(model: str, saved: Any, tmp_path: Path) -> None:
+    source = next((Path(saved("dp2", ADAM)[0]) / "checkpoints").iterdir())
+    folders = [str(shutil.copytree(source, tmp_path / kind)) for kind in DAMAGE]
+    for folder, kind in zip(folders, DAMAGE, strict=True):
+        _damage(Path(folder), kind)
+    for messages in run_ranks(_refusals, 2, model, folders, ParallelConfig(), ADAM):
+        for folder, kind, message in zip(folders, DAMAGE, messages, strict=True):
+            assert folder in message, f"{kind}: {message!r}"
+            assert "run.fresh=true" in message
+
+
+@pytest.mark.parametrize("other", ["adam", "muon"])
+def test_another_optimizer_is_refused(other: str, model: str, saved: Any) -> None:
+    source = next((Path(saved("dp2", ADAM)[0]) / "checkpoints").iterdir())
+    for messages in run_ranks(
+        _refusals, 2, model, [str(source)], ParallelConfig(), OPTIMIZERS[other]
+    ):
+        assert str(source) in messages[0]
+
+
+# ------------------------------------------------------------------ the folder of checkpoints
+
+
+def _save_many(path: str, run_dir: str) -> list[list[str]]:
+    from rest_mega.trainer import checkpoint
+
+    trainer, seen = _trainer(path, ParallelConfig(), PLAIN), []
+    folder = Path(run_dir) / "checkpoints"
+    (folder / "step_00000009.partial").mkdir(parents=True)  # of a save that was cut off
+    for step in (1, 2, 3, 3):
+        state = {"verb": "sft", "config": {}}
+        checkpoint.save(trainer, Path(run_dir), step, state, keep=2)
+        seen.append(sorted(p.name for p in folder.iterdir()))
+    return seen
+
+
+def test_the_newest_are_kept_and_leftovers_removed(model: str, tmp_path: Path) -> None:
+    names = [f"step_{n:08d}" for n in range(4)]
+    assert run_ranks(_save_many, 1, model, str(tmp_path))[0] == [
+        names[1:2], names[1:3], names[2:4], names[2:4],
+    ]  # fmt: skip
+
+
+def test_only_whole_checkpoints_are_found(tmp_path: Path) -> None:
+    from rest_mega.trainer import checkpoint
+
+    assert checkpoint.newest(tmp_path) is None
+    for name in ("step_00000002", "step_00000010", "step_00000020.partial", "step_00000030.old"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "run_state.json").write_text(json.dumps({}))
+    (tmp_path / "checkpoints" / "step_00000011").mkdir()  # no state: its save was cut off
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.name == "step_00000010"

@@ -1,0 +1,277 @@
+"""The config tells value, rule and remedy for whatever it refuses, and takes nothing by halves."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rest_mega import config as module
+from rest_mega.config import ConfigError, ParallelConfig, RunConfig, known_keys
+
+SECTIONS = typing.get_type_hints(RunConfig)
+
+
+def refused(tree: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_dict(tree)
+    return str(caught.value)
+
+
+def build(key: str, value: Any) -> Any:
+    section, name = key.split(".")
+    config = RunConfig.from_dict({section: {name: value}})
+    return getattr(getattr(config, section), name)
+
+
+def test_an_empty_tree_is_the_defaults() -> None:
+    assert RunConfig.from_dict({}) == RunConfig()
+
+
+def test_a_tree_survives_the_round_trip_through_plain_dictionaries() -> None:
+    config = RunConfig.from_dict(
+        {"credit": {"tau": 0.5}, "rewards": {"parts": {"success": 2}}, "parallel": {"tensor": 4}}
+    )
+    assert RunConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_section_whose_keys_are_commented_out_is_its_defaults() -> None:
+    assert RunConfig.from_dict({"run": None}) == RunConfig()
+
+
+# ------------------------------------------------------------------ unknown keys
+
+
+@pytest.mark.parametrize(
+    ("tree", "near"),
+    [
+        ({"paralel": {"tensor": 2}}, "parallel"),
+        ({"parallel": {"tensr": 2}}, "parallel.tensor"),
+        ({"rollout": {"sample_per_prompt": 2}}, "rollout.samples_per_prompt"),
+        ({"model": {"zzzz": 1}}, "known keys: model.path, "),
+        ({"optimizer": {"learning_rate": 1}}, "known keys: optimizer.name, "),
+        ({"run": {"temperature": 1}}, "rollout.temperature"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(tree: dict[str, Any], near: str) -> None:
+    (section, value) = next(iter(tree.items()))
+    key = f"{section}.{next(iter(value))}" if section in SECTIONS else section
+    message = refused(tree)
+    assert f"unknown config key {key!r}" in message
+    assert near in message
+
+
+def test_what_belongs_to_another_section_is_found_there() -> None:
+    assert "did you mean rollout.max_new_tokens" in refused({"run": {"max_new_tokens": 1}})
+
+
+# ------------------------------------------------------------------ types
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("run.steps", "many", "a whole number"),
+        ("run.steps", 2.5, "a whole number"),
+        ("run.steps", True, "a whole number"),
+        ("run.steps", None, "a whole number"),
+        ("run.steps", float("nan"), "a whole number"),
+        ("run.steps", float("inf"), "a whole number"),
+        ("run.steps", [1], "a whole number"),
+        ("optimizer.lr", "fast", "a number"),
+        ("optimizer.weight_decay", float("nan"), "a number"),
+        ("credit.w_max", float("inf"), "a number"),
+        ("credit.tau", "hot", "a number"),
+        ("run.fresh", "yes", "true or false"),
+        ("run.fresh", 1, "true or false"),
+        ("model.path", 7, "a string"),
+        ("model.path", None, "a string"),
+        ("environment.modules", "desk.py", "a list"),
+        ("rewards.parts", ["format"], "a mapping"),
+        ("rewards.parts", {"format": "much"}, "a number"),
+    ],
+)
+def test_a_wrong_type_is_refused_with_the_value(key: str, value: Any, rule: str) -> None:
+    section, name = key.split(".")
+    message = refused({section: {name: value}})
+    shown = value["format"] if isinstance(value, dict) else value
+    assert message.startswith(key)
+    assert repr(shown) in message
+    assert rule in message
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_must_be_a_mapping(section: str) -> None:
+    assert refused({section: 3}) == f"{section} must be a mapping, not 3"
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "taken"),
+    [
+        ("optimizer.lr", "1e-3", 1e-3),  # YAML 1.1 reads 1e-3 as a string
+        ("optimizer.lr", 1, 1.0),
+        ("run.steps", 3.0, 3),
+        ("run.steps", "3", 3),
+        ("credit.tau", None, None),
+        ("environment.modules", ["a.py"], ("a.py",)),
+    ],
+)
+def test_conversions_are_the_lossless_ones(key: str, given: Any, taken: Any) -> None:
+    got = build(key, given)
+    assert (got, type(got)) == (taken, type(taken))
+
+
+# ------------------------------------------------------------------ ranges
+
+BAD: list[tuple[str, Any, str]] = [
+    ("model.dtype", "fp8", "bf16"),
+    ("model.layers", "apex", "local"),
+    ("model.recompute", "some", "selective"),
+    ("model.init", "ones", "random"),
+    ("parallel.tensor", 0, "at least 1"),
+    ("parallel.pipeline", -1, "at least 1"),
+    ("parallel.context", 0, "at least 1"),
+    ("parallel.expert", 0, "at least 1"),
+    ("parallel.virtual_pipeline", 0, "at least 1"),
+    ("parallel.virtual_pipeline", 2, "parallel.pipeline > 1"),
+    ("parallel.sequence", True, "parallel.sequence=false"),
+    ("parallel.timeout_s", 0, "positive"),
+    ("parallel.rollout_timeout_s", -1, "positive"),
+    ("optimizer.name", "adamw", "adam"),
+    ("optimizer.name", "muon", "optimizer.distributed=false"),
+    ("optimizer.decay", "exp", "cosine"),
+    ("optimizer.lr", 0, "positive"),
+    ("optimizer.muon_lr", -1, "positive"),
+    ("optimizer.eps", 0, "positive"),
+    ("optimizer.beta1", 1, "[0, 1)"),
+    ("optimizer.beta2", -0.1, "[0, 1)"),
+    ("optimizer.weight_decay", -0.1, "not be negative"),
+    ("optimizer.min_lr_ratio", 1.5, "[0, 1]"),
+    ("optimizer.warmup_steps", -1, "not be negative"),
+    ("optimizer.clip_grad", -1, "not be negative"),
+    ("environment.call_timeout_s", 0, "positive"),
+    ("environment.result_characters", 0, "positive"),
+    ("environment.calls_per_turn", 0, "positive"),
+    ("rollout.engine", "vllm", "embedded"),
+    ("rollout.engine", "replay", "rollout.replay=FOLDER"),
+    ("rollout.prompts_per_step", 0, "at least 1"),
+    ("rollout.samples_per_prompt", 0, "at least 1"),
+    ("rollout.max_turns", 0, "at least 1"),
+    ("rollout.max_new_tokens", 0, "at least 1"),
+    ("rollout.max_tokens", 0, "at least 1"),
+    ("rollout.max_tokens", 5000, "packing.tokens"),
+    ("rollout.batch_size", 0, "at least 1"),
+    ("rollout.temperature", 0, "positive"),
+    ("rollout.top_p", 0, "(0, 1]"),
+    ("rewards.parts", {}, "at least one"),
+    ("rewards.parts", {"format": 0.0}, "no coefficient besides 0"),
+    ("credit.preset", "ppo", "uniform"),
+    ("credit.advantage", "gae", "rloo"),
+    ("credit.entropy_momentum", 1, "[0, 1)"),
+    ("loss.policy", "grpo", "reinforce"),
+    ("loss.old_logprobs", "engine", "rollout"),
+    ("loss.clip_low", 1, "(0, 1)"),
+    ("loss.clip_high", 0, "positive"),
+    ("loss.dual_clip", 0.5, "0 (off) or greater than 1"),
+    ("loss.optimizer_steps", 0, "at least 1"),
+    ("loss.optimizer_steps", 65, "8 prompts x 8 samples"),
+    ("packing.tokens", 0, "at least 1"),
+    ("sft.dialogues_per_step", 0, "at least 1"),
+    ("evaluation.every", -1, "not be negative"),
+    ("evaluation.prompts", 0, "at least 1"),
+    ("telemetry.console", "loud", "plain"),
+    ("telemetry.trajectories", -1, "not be negative"),
+    ("run.device", "tpu", "cuda"),
+    ("run.steps", -1, "not be negative"),
+    ("run.save_every", -1, "not be negative"),
+    ("run.keep_checkpoints", 0, "at least 1"),
+    ("run.seed", -1, "[0, 2^31)"),
+    ("run.seed", 2**31, "[0, 2^31)"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "rule"), BAD)
+def test_a_value_out_of_range_is_refused_with_key_value_and_rule(
+    key: str, value: Any, rule: str
+) -> None:
+    section, name = key.split(".")
+    message = refused({section: {name: value}})
+    for part in (name, str(value) if value != {} else "empty", rule):
+        assert part.lower() in message.lower(), message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optimizer.warmup_steps", 0),
+        ("optimizer.clip_grad", 0.0),
+        ("optimizer.beta1", 0.0),
+        ("loss.dual_clip", 0.0),
+        ("rollout.top_p", 1.0),
+        ("run.steps", 0),
+        ("run.seed", 2**31 - 1),
+        ("telemetry.trajectories", 0),
+    ],
+)
+def test_the_edges_of_a_range_belong_to_it(key: str, value: Any) -> None:
+    assert build(key, value) == value
+
+
+# ------------------------------------------------------------------ the world
+
+
+@pytest.mark.parametrize(("world", "replicas"), [(4, 1), (8, 2), (12, 3)])
+def test_the_world_size_leaves_the_replicas(world: int, replicas: int) -> None:
+    assert ParallelConfig(tensor=2, context=2).data_parallel(world) == replicas
+
+
+@pytest.mark.parametrize("world", [1, 2, 6])
+def test_a_world_that_does_not_divide_is_refused_with_the_remedy(world: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ParallelConfig(tensor=2, context=2).data_parallel(world)
+    for part in (f"world size {world}", "tensor 2", "context 2", "= 4", "launch a multiple of 4"):
+        assert part in str(caught.value)
+
+
+def test_prompts_that_replicas_cannot_share_are_refused() -> None:
+    config = RunConfig.from_dict({"rollout": {"prompts_per_step": 3}})
+    with pytest.raises(ConfigError, match=r"prompts_per_step=3 .* 2 .*use a multiple of 2"):
+        config.check_world(2)
+    config.check_world(3)
+
+
+# ------------------------------------------------------------------ documentation
+
+
+def documented(path: Path) -> dict[str, set[str]]:
+    """Class -> its fields that are followed by a docstring."""
+    found: dict[str, set[str]] = {}
+    for node in ast.parse(path.read_text()).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        after = zip(node.body, node.body[1:], strict=False)
+        found[node.name] = {
+            one.target.id
+            for one, two in after
+            if isinstance(one, ast.AnnAssign)
+            and isinstance(one.target, ast.Name)
+            and isinstance(two, ast.Expr)
+            and isinstance(two.value, ast.Constant)
+            and isinstance(two.value.value, str)
+        }
+    return found
+
+
+def test_every_field_is_documented_under_it() -> None:
+    texts = documented(Path(module.__file__))
+    for name, kind in SECTIONS.items():
+        assert {f.name for f in dataclasses.fields(kind)} == texts[kind.__name__], name
+
+
+def test_the_known_keys_are_the_leaves_of_the_tree() -> None:
+    tree = RunConfig().to_dict()
+    assert known_keys() == [f"{section}.{key}" for section in tree for key in tree[section]]
