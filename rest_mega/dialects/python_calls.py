@@ -23,7 +23,8 @@ _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?
 _WORD = re.compile(r"[A-Za-z]+")
 _WORDS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
 _ESCAPE = re.compile(
-    r"""\\(?:([\\'"abfnrtv])|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U((?:000[0-9a-fA-F]|0010)[0-9a-fA-F]{4}))"""
+    r"""\\(?:([\\'"abfnrtv])|([0-7]{1,3})|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})"""
+    r"""|U((?:000[0-9a-fA-F]|0010)[0-9a-fA-F]{4}))"""
 )
 _LETTERS = dict(zip("\\'\"abfnrtv", "\\'\"\a\b\f\n\r\t\v", strict=True))
 
@@ -104,9 +105,11 @@ def _string(tape: Tape, position: int, region: Region) -> tuple[str, int]:
 
 
 def _unescape(match: re.Match[str]) -> str:
-    """One escape that Python knows; all others stay as they are, as in Python."""
-    letter, *codes = match.groups()
-    return _LETTERS[letter] if letter else chr(int(next(code for code in codes if code), 16))
+    """One escape that Python knows (but no \\N{...}); all others stay as they are, as in Python."""
+    letter, octal, *codes = match.groups()
+    if letter:
+        return _LETTERS[letter]
+    return chr(int(octal, 8)) if octal else chr(int(next(code for code in codes if code), 16))
 
 
 def _list(tape: Tape, position: int, depth: int) -> tuple[Any, int]:
