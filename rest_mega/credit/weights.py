@@ -100,7 +100,7 @@ def normalise(
     row_T = np.asarray(sample_T, dtype=np.int64) + 1
     sums_S = np.bincount(row_T, weights=weights_T)
     counts_S = np.bincount(row_T, weights=counted_T)
-    scale_S = np.divide(counts_S, sums_S, out=np.zeros_like(sums_S), where=sums_S > 0)
+    scale_S = np.divide(counts_S, sums_S, out=np.zeros(len(sums_S)), where=sums_S > 0)
     return (weights_T * scale_S[row_T]).astype(np.float32)
 
 
@@ -119,7 +119,8 @@ def variance_bound_ratio(entropy_K: Floats, share_K: Floats) -> float:
         return 1.0
     if not (beta_K > 0).all():
         return 0.0
-    return float(1.0 / ((part_K / beta_K).sum() * (part_K * beta_K).sum()))
+    ratio = float(1.0 / ((part_K / beta_K).sum() * (part_K * beta_K).sum()))
+    return min(ratio, 1.0)  # equal entropies may round to a hair more
 
 
 def _settle(config: CreditConfig, preset: Preset) -> Preset:
