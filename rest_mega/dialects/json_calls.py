@@ -64,7 +64,6 @@ def until_end(tape: Tape, position: int) -> int:
     position = tape.mark_space(position)
     while True:
         position = _call(tape, position)
-        tape.commit()
         match = _SEPARATORS.match(tape.text, position)
         assert match is not None
         position = match.end()

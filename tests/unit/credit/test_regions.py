@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +187,8 @@ def test_a_trajectory_is_tagged_turn_by_turn_and_observed_elsewhere() -> None:
     for turn in trajectory.turns:
         alone = tag(words[turn.start : turn.end], "hermes", end_of_turn=turn.ended)
         assert tagged[turn.start : turn.end].tolist() == alone.tolist()
+    # Tokens that the mask takes out are observed, too, and leave the others as they are.
+    mask_T = trajectory.mask_T & (ids_T != 3)
+    expected[3] = Region.OBSERVATION
+    masked = tag_trajectory(replace(trajectory, mask_T=mask_T), "hermes", lambda i: words[i])
+    assert masked.tolist() == expected

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rest_mega.config import ConfigError
-from rest_mega.dialects import Region, parse
+from rest_mega.dialects import Block, Dialect, Region, parse
+from rest_mega.dialects.grammar import read
+from rest_mega.dialects.tape import MalformedError, Tape
 
 CALL = '{"name": "f", "arguments": {"x": 1}}'
 HERMES = f"<tool_call>\n{CALL}\n</tool_call>"
@@ -263,6 +265,30 @@ def test_bytes_that_are_no_utf_8_become_replacement_characters() -> None:
     read = parse(reply, "hermes")
     assert (read.answer, read.calls[0].name) == ("a\ufffd", "\ufffd")
     assert read.calls[0].arguments == {"x": "\ufffdy"}
+
+
+@pytest.mark.parametrize("space", [b"\x0b", b"\x0c", b"\x1c", b"\x85", b"\xa0"])
+def test_white_space_is_jsons_alone(space: bytes) -> None:
+    text = parse(space + b"a", "hermes")
+    assert text.regions_B.tolist() == [Region.ANSWER] * 2
+    wrong = {
+        "hermes": (HERMES.replace(": ", ":~"), HERMES.replace("\n", "~")),
+        "llama3": (f"{CALL}~", f"{CALL}~{CALL}"),
+        "pythonic": ("[f(~x=1)]", "[f(x=1~)]", "[f(x=1)~]", "[f(x=1)]~", "[f(x=[~])]"),
+    }
+    for dialect, replies in wrong.items():
+        for reply in replies:
+            read = parse(reply.encode().replace(b"~", space), dialect)
+            assert not read.well_formed
+            assert parse(reply.encode().replace(b"~", b" "), dialect).well_formed
+
+
+def test_the_beginning_of_a_tag_at_the_end_is_the_longest_of_those_that_fit() -> None:
+    dialect = Dialect((Block("[<a>", "", Region.ANSWER), Block("<b>", "</b>", Region.REASONING)))
+    for text, malformed in (("x [<", 2), ("x [ <", 1), ("x [", 1), ("x <[", 1), ("x [<b", 2)):
+        tape = Tape(text.encode())
+        with pytest.raises(MalformedError, match=f"inside a tag at byte {len(text) - malformed}"):
+            read(tape, dialect)
 
 
 def test_an_unknown_dialect_is_answered_with_the_nearest() -> None:
