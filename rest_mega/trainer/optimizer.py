@@ -63,6 +63,11 @@ def build(chunks: list[Any], config: OptimizerConfig, parallel: Parallel) -> Any
     from megatron.core.optimizer import OptimizerConfig as McoreConfig
     from megatron.core.optimizer import get_megatron_optimizer
 
+    if config.name == "sgd" and config.distributed:
+        raise ConfigError(
+            "optimizer.name=sgd: megatron-core shards the state of adam alone; set "
+            "optimizer.distributed=false"
+        )
     bf16 = chunks[0].config.bf16
     settings = McoreConfig(
         optimizer="sgd" if config.name == "sgd" else "adam",

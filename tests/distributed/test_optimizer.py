@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rest_mega.config import OptimizerConfig
+from rest_mega.config import ConfigError, OptimizerConfig
 from tests.support.bench import SGD, Bench, moved, parameters, small_case
 from tests.support.models import random_samples
 from tests.support.ranks import run_ranks
@@ -118,3 +118,69 @@ def test_weight_decay_shrinks_matrices_at_their_rate_and_leaves_norms(case: Any,
         rate = 0.05 if name == "muon" and hidden else 0.01
         factor = 1 - rate * 0.1 if values.ndim == 2 else 1.0
         np.testing.assert_allclose(after[parameter], values * factor, rtol=1e-6, err_msg=parameter)
+
+
+def _everywhere(case: Any, optimizers: list[OptimizerConfig], sizes: dict[str, Any]) -> Any:
+    """Per optimizer: the gradient norm, and on the lead the parameters after the step."""
+    from rest_mega.sync.export import Exporter
+
+    bench, answer = Bench(case, **sizes), []
+    mine = random_samples()[bench.place.data_rank :: bench.place.data_size]
+    for optimizer in optimizers:
+        trainer = bench.trainer(optimizer)
+        norm = bench.step(trainer, mine).grad_norm
+        exporter = Exporter(trainer.modules, bench.architecture, bench.place)
+        answer.append((norm, {n: t.numpy() for n, t in exporter.stream()}))
+    return answer
+
+
+CLIPPED = dataclasses.replace(SGD, clip_grad=0.1)
+EVERYWHERE = [
+    CLIPPED,
+    OptimizerConfig(lr=1e3, eps=1e3, clip_grad=0.1, weight_decay=0.0),  # so large an eps: sgd
+    OptimizerConfig(name="muon", distributed=False),
+]
+
+
+@pytest.fixture(scope="module")
+def one_rank(case: Any) -> Any:
+    return run_ranks(_everywhere, 1, case, EVERYWHERE, {})[0]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"tensor": 2, "sequence": True}, {"pipeline": 2}, {}],
+    ids=["tp2 sp", "pp2", "dp2"],
+)
+def test_norm_and_clipped_step_are_one_ranks_at_every_layout(
+    case: Any, one_rank: Any, sizes: dict[str, Any]
+) -> None:
+    for rank, got in enumerate(run_ranks(_everywhere, 2, case, EVERYWHERE, sizes)):
+        for optimizer, (norm, after), (want, parameters_) in zip(
+            EVERYWHERE, got, one_rank, strict=True
+        ):
+            assert norm == pytest.approx(want, rel=1e-5), optimizer.name
+            assert norm > 2 * CLIPPED.clip_grad
+            assert bool(after) == (rank == 0 or not sizes)
+            if optimizer.name != "muon":  # which turns each rank's shard as one block
+                for name, values in after.items():
+                    np.testing.assert_allclose(values, parameters_[name], atol=1e-6, err_msg=name)
+
+
+def _refusals(case: Any) -> list[str]:
+    bench, told = Bench(case), []
+    for optimizer, dtype in (
+        (OptimizerConfig(name="sgd"), "fp32"),
+        (OptimizerConfig(name="muon", distributed=False), "bf16"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            bench.trainer(optimizer, dtype)
+        told.append(str(error.value))
+    return told
+
+
+def test_optimizers_that_cannot_be_built_so_are_refused_with_the_remedy(case: Any) -> None:
+    ((sgd, muon),) = run_ranks(_refusals, 1, case)
+    assert "optimizer.name=sgd" in sgd
+    assert "set optimizer.distributed=false" in sgd
+    assert "optimizer.name=muon trains in fp32: set model.dtype=fp32" in muon
