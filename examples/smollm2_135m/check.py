@@ -79,7 +79,8 @@ def resumed(config: RunConfig, place: parallel.Parallel) -> Trainer:
 
 @torch.no_grad()
 def own(trainer: Trainer, samples: list[Sample]) -> list[Predictions]:
-    """The trainer's (logits_TV, logprob_T) of every text; of use on the last stage alone."""
+    """Of every text the logits of this rank's part of the vocabulary, and the log-probs; of use on
+    the last stage alone."""
     hidden: list[torch.Tensor] = []
     chunk = trainer.modules[-1]
     chunk.register_forward_hook(lambda module, given, out: hidden.append(out))
@@ -87,7 +88,7 @@ def own(trainer: Trainer, samples: list[Sample]) -> list[Predictions]:
     scores = [trainer.score(part)[0][0] for part in parts]
     if not trainer.parallel.is_last_stage:
         return []
-    weight_VD = head_weight(chunk)[: trainer.architecture.vocab_size]
+    weight_VD = head_weight(chunk)
     return [
         (states[:, 0] @ weight_VD.T, torch.from_numpy(score.logprob_R))
         for states, score in zip(hidden, scores, strict=True)
@@ -96,7 +97,7 @@ def own(trainer: Trainer, samples: list[Sample]) -> list[Predictions]:
 
 @torch.no_grad()
 def reference(folder: str | Path, samples: list[Sample]) -> list[Predictions]:
-    """The same of the checkpoint in `folder`, by transformers."""
+    """All logits and the log-probs of every text by transformers on the checkpoint in `folder`."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -108,13 +109,17 @@ def reference(folder: str | Path, samples: list[Sample]) -> list[Predictions]:
     return found
 
 
-def differences(ours: list[Predictions], theirs: list[Predictions]) -> dict[str, float]:
-    """The largest difference of a logit and of a log-prob."""
-    largest = [
-        max(float((a - b).abs().max()) for a, b in zip(x, y, strict=True))
-        for x, y in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True)
-    ]
-    return dict(zip(("logits", "log-probs"), largest, strict=True))
+def differences(
+    ours: list[Predictions], theirs: list[Predictions], place: parallel.Parallel
+) -> tuple[float, float]:
+    """The largest difference of a logit and of a log-prob, over all ranks; every rank calls it."""
+    largest = np.zeros(2)
+    for (mine_TV, mine_T), (all_TV, all_T) in zip(ours, theirs, strict=True):
+        logits_TV = all_TV[:, place.tensor_rank * mine_TV.shape[1] :][:, : mine_TV.shape[1]]
+        gaps = (mine_TV[:, : logits_TV.shape[1]] - logits_TV, mine_T - all_T)  # no padding
+        largest = np.maximum(largest, [float(gap.abs().max()) for gap in gaps])
+    logits, logprobs = place.maximum(largest)
+    return float(logits), float(logprobs)
 
 
 def main() -> int:
@@ -123,22 +128,23 @@ def main() -> int:
 
     logging.disable_progress_bar()
     _, config = read(["train", *sys.argv[1:]])
+    whole = not config.parallel.sequence and config.parallel.context == 1
+    require(whole, "check.py needs whole sequences: parallel.sequence=false parallel.context=1")
     place = parallel.start(config.parallel, config.run.device)
     samples, exported = texts(config), Path(config.run.dir) / "hf"
     ours = own(resumed(config, place), samples)
-    good = True
-    if ours:
+    lines, good = [], False
+    for folder in (exported, Path(config.model.path)):
+        theirs = reference(folder, samples) if ours else []
+        largest = differences(ours, theirs, place)
+        good = good or (folder == exported and max(largest) <= TOLERANCE)
+        lines.append("{}: logits {:.1e}, log-probs {:.1e}".format(folder, *largest))
+    if place.is_head:
         positions = sum(len(s.ids_T) - 1 for s in samples)
         print(f"max |trainer - transformers| over {positions} positions, bound {TOLERANCE:.0e}")
-        for folder in (exported, config.model.path):
-            found = differences(ours, reference(folder, samples))
-            if folder == exported:
-                good = max(found.values()) <= TOLERANCE
-            shown = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
-            print(f"  {folder}: {shown}" + " (before training)" * (folder != exported))
-    bad = place.sum_one(not good)
+        print(f"  {lines[0]}\n  {lines[1]} (before training)")
     parallel.stop()
-    return int(bad > 0)
+    return int(not good)
 
 
 if __name__ == "__main__":
