@@ -158,7 +158,8 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     distributed: bool = True
-    """Shard the optimizer state over the data-parallel ranks (mcore's DistributedOptimizer)."""
+    """Shard the optimizer state over the data-parallel ranks (mcore's DistributedOptimizer, which
+    knows adam alone)."""
 
     def __post_init__(self) -> None:
         one_of("optimizer.name", self.name, ("adam", "sgd", "muon"))
@@ -183,8 +184,9 @@ class OptimizerConfig:
         )
         require(self.clip_grad >= 0, f"optimizer.clip_grad={self.clip_grad} must not be negative")
         require(
-            self.name != "muon" or not self.distributed,
-            "optimizer.name=muon orthogonalises whole matrices: set optimizer.distributed=false",
+            self.name == "adam" or not self.distributed,
+            f"optimizer.name={self.name} cannot be sharded (muon orthogonalises whole matrices, "
+            "mcore shards Adam alone): set optimizer.distributed=false",
         )
 
 

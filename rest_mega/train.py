@@ -78,7 +78,7 @@ class Loop:
         with s.reporter.phase("rollout"):
             mine, view = self._rollout(step, self._my_prompts())
             samples = share_samples(self.place, mine)
-            if self.place.sum_one(samples is None) > 0:
+            if self.place.sum_one(samples is None or s.stop()) > 0:
                 self.stream.load(cursor)
                 return False
         assert samples is not None

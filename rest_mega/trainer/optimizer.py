@@ -84,10 +84,23 @@ def build(chunks: list[Any], config: OptimizerConfig, parallel: Parallel) -> Any
         use_distributed_optimizer=config.distributed,
     )
     if config.name == "muon":
-        return _muon(chunks, config, settings, parallel)
-    return get_megatron_optimizer(
-        settings, chunks, use_gloo_process_groups=False, pg_collection=parallel.groups
-    )
+        optimizer = _muon(chunks, config, settings, parallel)
+    else:
+        optimizer = get_megatron_optimizer(
+            settings, chunks, use_gloo_process_groups=False, pg_collection=parallel.groups
+        )
+    _begin_state(optimizer)
+    return optimizer
+
+
+def _begin_state(optimizer: Any) -> None:
+    """All state exists from the start, so that a checkpoint can be made before the first step and
+    loaded into a new optimizer."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.init_state_fn is None:  # mcore has none for SGD
+            part.init_state_fn = lambda inner, _: _fill_state(inner, ("momentum_buffer",))
+        if part.optimizer is not None:
+            part.init_state_fn(part.optimizer, part.config)
 
 
 def _muon(chunks: list[Any], config: OptimizerConfig, settings: Any, parallel: Parallel) -> Any:

@@ -29,7 +29,8 @@ LAYOUTS = {
 ADAM = OptimizerConfig(lr=1e-2, distributed=True, decay="linear", min_lr_ratio=0.1)
 PLAIN = dataclasses.replace(ADAM, distributed=False)
 MUON = OptimizerConfig(name="muon", lr=1e-2, muon_lr=0.05, distributed=False)
-OPTIMIZERS = {"adam distributed": ADAM, "adam": PLAIN, "muon": MUON}
+SGD = OptimizerConfig(name="sgd", lr=1e-2, distributed=False)
+OPTIMIZERS = {"adam distributed": ADAM, "adam": PLAIN, "muon": MUON, "sgd": SGD}
 BEFORE, AFTER = 2, 2
 """Steps taken before and after the checkpoint."""
 
@@ -139,7 +140,8 @@ def _same(got: dict[str, Any], want: dict[str, Any], *, exact: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [("adam distributed", "dp2"), ("adam", "tp2"), ("muon", "pp2")]
+    ("name", "layout"),
+    [("adam distributed", "dp2"), ("adam", "tp2"), ("muon", "pp2"), ("sgd", "1")],
 )
 def test_at_the_same_layout_the_run_goes_on_bit_for_bit(
     name: str, layout: str, model: str, saved: Any
@@ -167,6 +169,32 @@ def test_at_another_layout_the_same_run_goes_on(
     folder, want = saved(layout, optimizer)
     world, parallel = LAYOUTS[other]
     _same(run_ranks(_resume, world, model, folder, parallel, optimizer)[0], want, exact=False)
+
+
+def _save_at_once(path: str, run_dir: str, optimizer: OptimizerConfig, first: bool) -> Any:
+    """Two steps from the start, or from a checkpoint made before any step."""
+    from rest_mega.trainer import checkpoint
+    from rest_mega.trainer import parallel as places
+
+    trainer = _trainer(path, ParallelConfig(), optimizer)
+    if first:
+        checkpoint.save(trainer, Path(run_dir), 0, {"verb": "sft", "config": {}}, keep=1)
+    else:
+        checkpoint.load(trainer, Path(run_dir) / "checkpoints" / "step_00000000")
+    steps = _steps(trainer, 0, 2)
+    places.stop()
+    return steps
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_checkpoint_before_the_first_step_is_the_start(
+    name: str, model: str, tmp_path: Path
+) -> None:
+    first, again = (
+        run_ranks(_save_at_once, 2, model, str(tmp_path), OPTIMIZERS[name], new)
+        for new in (True, False)
+    )
+    assert first == again
 
 
 # ------------------------------------------------------------------ damage

@@ -18,6 +18,10 @@ TOKENIZER = Path(__file__).parents[1] / "data" / "tiny_bpe"
 
 MODULE = '''"""The environment and the reward of the tiny run."""
 
+import os
+import signal
+from pathlib import Path
+
 from rest_mega.environments import ToolEnvironment, environment, tool
 from rest_mega.rewards.rubric import reward
 
@@ -40,6 +44,10 @@ class Parity(ToolEnvironment):
         return 2 * number
 
     def finish(self, answer: str) -> dict:
+        asked = Path(__file__).with_name("interrupt")
+        if asked.exists():
+            asked.unlink()
+            os.kill(os.getpid(), signal.SIGINT)
         return {"success": len(answer) % 2 == self.want}
 
 
@@ -90,10 +98,17 @@ class Run:
         text = ((folder or self.dir) / f"{name}.jsonl").read_text()
         return [json.loads(line) for line in text.splitlines()]
 
-    def losses(self, folder: Path | None = None) -> dict[int, float]:
-        """Step -> training loss."""
-        rows = self.rows(folder=folder)
-        return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    def measured(self, folder: Path | None = None) -> list[dict[str, Any]]:
+        """The metrics without what depends on the clock."""
+        timed = ("time/", "tokens/s")
+        return [
+            {name: value for name, value in row.items() if not name.startswith(timed)}
+            for row in self.rows(folder=folder)
+        ]
+
+    def interrupt_once(self) -> None:
+        """The next episode that ends sends its process a SIGINT."""
+        (self.root / "interrupt").touch()
 
 
 def make_run(root: Path) -> Run:

@@ -275,22 +275,22 @@ def checkpoint(run: Run, run_dir: Path, *words: object, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("then", "now"),
+    ("key", "then", "now"),
     [
-        ("run.seed=1", "run.seed=2"),
-        ("optimizer.name=sgd", "optimizer.name=adam"),
-        ("optimizer.distributed=true", "optimizer.distributed=false"),
-        ("tokenizer.dialect=toolrl", "tokenizer.dialect=hermes"),
-        ("model.init=random", "model.init=load"),
+        ("run.seed", "1", "2"),
+        ("optimizer.name", "sgd", "muon"),
+        ("optimizer.distributed", "false", "true"),
+        ("tokenizer.dialect", "toolrl", "hermes"),
+        ("model.init", "random", "load"),
     ],
 )
 def test_a_config_that_contradicts_the_checkpoint_is_shown_both_values(
-    refuse: Refuse, run: Run, tmp_path: Path, then: str, now: str
+    refuse: Refuse, run: Run, tmp_path: Path, key: str, then: str, now: str
 ) -> None:
-    folder = checkpoint(run, tmp_path, then)
-    key, (old, new) = now.split("=")[0], (word.split("=")[1] for word in (then, now))
-    message = refuse(f"run.dir={tmp_path}", now)
-    has(message.lower(), key, old, new, str(folder).lower(), "run.fresh=true")
+    sharded = "optimizer.distributed=false"
+    folder = checkpoint(run, tmp_path, sharded, f"{key}={then}")
+    message = refuse(f"run.dir={tmp_path}", sharded, f"{key}={now}")
+    has(message.lower(), key, then, now, str(folder).lower(), "run.fresh=true")
 
 
 def test_what_another_verb_made_is_not_resumed(refuse: Refuse, run: Run, tmp_path: Path) -> None:

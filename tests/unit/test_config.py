@@ -143,6 +143,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("parallel.rollout_timeout_s", -1, "positive"),
     ("optimizer.name", "adamw", "adam"),
     ("optimizer.name", "muon", "optimizer.distributed=false"),
+    ("optimizer.name", "sgd", "optimizer.distributed=false"),
     ("optimizer.decay", "exp", "cosine"),
     ("optimizer.lr", 0, "positive"),
     ("optimizer.muon_lr", -1, "positive"),
