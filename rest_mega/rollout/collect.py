@@ -33,13 +33,13 @@ def check_prompts(prompts: Sequence[Prompt], chat: ChatFormat, max_tokens: int) 
     """ConfigError when a prompt's environment is unknown or refuses its task, or when the prompt
     leaves no room to reply."""
     for prompt in prompts:
-        _begin(prompt, chat, max_tokens)
+        _prompt_ids(prompt, _world(prompt), chat, max_tokens)
 
 
-def _begin(prompt: Prompt, chat: ChatFormat, max_tokens: int) -> tuple[Environment, list[int]]:
-    """A fresh environment, and the ids that the episode starts with."""
+def _world(prompt: Prompt) -> Environment:
+    """A fresh environment for one episode of the prompt."""
     try:
-        environment = make_environment(prompt.environment, prompt.task)
+        return make_environment(prompt.environment, prompt.task)
     except ConfigError as error:
         raise ConfigError(f"prompt {prompt.id!r}: {error}") from error
     except Exception as error:
@@ -47,13 +47,18 @@ def _begin(prompt: Prompt, chat: ChatFormat, max_tokens: int) -> tuple[Environme
             f"prompt {prompt.id!r}: environment {prompt.environment!r} refuses its task "
             f"({type(error).__name__}: {error}); mend the row"
         ) from error
+
+
+def _prompt_ids(
+    prompt: Prompt, environment: Environment, chat: ChatFormat, max_tokens: int
+) -> list[int]:
     ids = chat.prompt_ids(prompt.messages, prompt.tools or environment.specs)
     if len(ids) >= max_tokens:
         raise ConfigError(
             f"prompt {prompt.id!r} has {len(ids)} tokens, rollout.max_tokens is {max_tokens}: "
             "raise rollout.max_tokens (and packing.tokens) or leave the prompt out"
         )
-    return environment, ids
+    return ids
 
 
 class Collector:
@@ -81,7 +86,7 @@ class Collector:
         `seed` with a prompt's id, the sibling and the turn decides what is sampled, whatever else
         is in the batch.
         """
-        episodes = [self._open(prompt, g) for prompt in prompts for g in range(siblings)]
+        episodes = [e for prompt in prompts for e in self._open(prompt, siblings)]
         for turn in range(self._config.max_turns):
             active = [e for e in episodes if not e.stop]
             if not active:
@@ -96,9 +101,10 @@ class Collector:
         trajectories = [self._close(e) for e in episodes]
         return [trajectories[i : i + siblings] for i in range(0, len(trajectories), siblings)]
 
-    def _open(self, prompt: Prompt, sibling: int) -> _Episode:
-        environment, ids = _begin(prompt, self._chat, self._config.max_tokens)
-        return _Episode(prompt, sibling, environment, Ledger(ids))
+    def _open(self, prompt: Prompt, siblings: int) -> list[_Episode]:
+        worlds = [_world(prompt) for _ in range(siblings)]
+        ids = _prompt_ids(prompt, worlds[0], self._chat, self._config.max_tokens)
+        return [_Episode(prompt, g, world, Ledger(ids)) for g, world in enumerate(worlds)]
 
     def _request(self, episode: _Episode, seed: tuple[object, ...]) -> Request:
         room = self._config.max_tokens - len(episode.ledger)

@@ -9,6 +9,7 @@ import pytest
 
 from rest_mega.config import ConfigError
 from rest_mega.records import Trajectory
+from rest_mega.rollout.collect import check_prompts
 from rest_mega.rollout.engine import Completion, Request, Sampling
 from rest_mega.rollout.ledger import Ledger
 from tests.support.rollouts import (
@@ -146,19 +147,18 @@ def test_a_stop_between_turns_ends_collection_without_a_result(after: int) -> No
 
 
 def test_prompts_are_checked_before_anything_is_sampled() -> None:
-    tight = collector(ScriptedEngine({}), max_tokens=100)
-    tight.check([prompt("fits", "none", "Hi.")])
+    check_prompts([prompt("fits", "none", "Hi.")], CHAT, 100)
     with pytest.raises(ConfigError, match=r"'nowhere' is not known; choose one of .*test counter"):
-        tight.check([prompt("p", "nowhere")])
+        check_prompts([prompt("p", "nowhere")], CHAT, 100)
     with pytest.raises(ConfigError, match=r"prompt 'long' has \d+ tokens.* 100: raise rollout\."):
-        tight.check([prompt("long", "none", "word " * 100)])
+        check_prompts([prompt("long", "none", "word " * 100)], CHAT, 100)
 
 
 def test_a_prompt_that_leaves_no_room_for_one_token_is_refused() -> None:
     size = len(CHAT.prompt_ids(prompt("p", "none").messages))
-    collector(ScriptedEngine({}), max_tokens=size + 1).check([prompt("p", "none")])
+    check_prompts([prompt("p", "none")], CHAT, size + 1)
     with pytest.raises(ConfigError, match=f"has {size} tokens, rollout.max_tokens is {size}"):
-        collector(ScriptedEngine({}), max_tokens=size).check([prompt("p", "none")])
+        check_prompts([prompt("p", "none")], CHAT, size)
 
 
 def test_an_engine_whose_answer_is_inconsistent_is_refused() -> None:
