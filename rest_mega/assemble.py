@@ -24,7 +24,7 @@ from rest_mega.stop import Stop
 from rest_mega.sync.export import Exporter
 from rest_mega.sync.load import load, open_source
 from rest_mega.telemetry.reporter import Reporter
-from rest_mega.trainer import checkpoint, parallel
+from rest_mega.trainer import checkpoint, device, parallel
 from rest_mega.trainer.model import read_architecture
 from rest_mega.trainer.trainer import Trainer
 
@@ -48,7 +48,10 @@ def read_inputs(config: RunConfig, verb: str) -> Inputs:
 
     Every rank reads for itself and finds the same: no process group exists yet.
     """
-    config.check_world(launch.world_size())
+    if verb == "train":
+        config.check_world(launch.world_size())
+    config.parallel.data_parallel(launch.world_size())
+    device.check(config.run.device)
     require(
         bool(config.model.path), "model.path is empty; point it at a Hugging Face checkpoint folder"
     )

@@ -490,6 +490,11 @@ class RunConfig:
             "a trajectory must fit into one micro-batch; raise packing.tokens or lower "
             "rollout.max_tokens",
         )
+        require(
+            self.optimizer.name != "muon" or self.model.dtype == "fp32",
+            f"optimizer.name=muon trains in fp32, not model.dtype={self.model.dtype}: set "
+            "model.dtype=fp32 or another optimizer",
+        )
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> RunConfig:

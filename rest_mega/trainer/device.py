@@ -69,9 +69,8 @@ _MCORE_MODULES = (
 )
 
 
-def resolve(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> the device of this process; ConfigError where CUDA is asked for
-    and absent."""
+def check(name: str) -> None:
+    """ConfigError where `name` (auto, cpu or cuda) does not fit this machine; takes no device."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ConfigError(
@@ -83,7 +82,14 @@ def resolve(name: str) -> torch.device:
             "run.device=cpu on a machine with GPUs: hide them with CUDA_VISIBLE_DEVICES='' or "
             "use auto"
         )
-    return torch.device("cuda", torch.cuda.current_device()) if available else torch.device("cpu")
+
+
+def resolve(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> the device of this process; errors as in `check`."""
+    check(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def backend(device: torch.device) -> str:

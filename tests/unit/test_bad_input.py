@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed
+import torch
 
 from rest_mega.cli import main, read
 from tests.support.runs import Run, dialogue, make_run, prompt, write_rows
@@ -71,6 +71,15 @@ def test_a_layout_that_does_not_divide(
     refuse: Refuse, words: list[str], world: int, parts: list[str]
 ) -> None:
     has(refuse(*words, world=world), *parts)
+
+
+def test_replicas_that_cannot_share_the_prompts_may_still_evaluate(refuse: Refuse) -> None:
+    has(refuse("data.held_out=", verb="eval", world=4), "data.held_out is empty")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(refuse: Refuse) -> None:
+    has(refuse("run.device=cuda"), "run.device=cuda", "use run.device=auto")
 
 
 # ------------------------------------------------------------------ the model

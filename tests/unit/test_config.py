@@ -222,6 +222,11 @@ def test_the_edges_of_a_range_belong_to_it(key: str, value: Any) -> None:
     assert build(key, value) == value
 
 
+def test_muon_in_bf16_is_refused() -> None:
+    tree = {"optimizer": {"name": "muon", "distributed": False}, "model": {"dtype": "bf16"}}
+    assert "not model.dtype=bf16: set model.dtype=fp32" in refused(tree)
+
+
 # ------------------------------------------------------------------ the world
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,17 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5)]
+
+
+def test_a_new_run_in_an_old_directory_hides_the_old_curves(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in ((1, 2, 3), (1,)):  # the second run wrote no checkpoint that it could resume from
+        r = Reporter(tmp_path, TelemetryConfig(console="plain"), total_steps=3, active=True)
+        for step in steps:
+            r.step(step, {"train/loss": float(len(steps))})
+        r.close()
+        time.sleep(1.1)  # event files are ordered by the second they were made in
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0)]
