@@ -268,3 +268,7 @@ def test_the_real_tree_has_rooms_files_and_no_caches() -> None:
     assert {path for path in found if path.endswith(".py")} == {
         name for name in SOURCES if not name.endswith("/__init__.py")
     }
+
+
+def test_the_readme_draws_the_real_tree() -> None:
+    assert listed((ROOT / "README.md").read_text("utf-8")) == real()
