@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rest_mega.config import ConfigError
-from rest_mega.records import Trajectory
+from rest_mega.records import Prompt, Trajectory
 from rest_mega.rollout.engine import Completion, Request, Sampling
 from rest_mega.rollout.ledger import Ledger
 from tests.support.rollouts import (
@@ -145,20 +145,33 @@ def test_a_stop_between_turns_ends_collection_without_a_result(after: int) -> No
     assert len(engine.requests) == after
 
 
-def test_prompts_are_checked_before_anything_is_sampled() -> None:
-    tight = collector(ScriptedEngine({}), max_tokens=100)
-    tight.check([prompt("fits", "none", "Hi.")])
-    with pytest.raises(ConfigError, match=r"'nowhere' is not known; choose one of .*test counter"):
-        tight.check([prompt("p", "nowhere")])
-    with pytest.raises(ConfigError, match=r"prompt 'long' has \d+ tokens.* 100: raise rollout\."):
-        tight.check([prompt("long", "none", "word " * 100)])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (prompt("p", "nowhere"), r"'nowhere' is not known; choose one of .*test counter"),
+        (
+            prompt("long", "none", "word " * 100),
+            r"prompt 'long' has \d+ tokens.* 100: raise rollout\.max_tokens",
+        ),
+    ],
+    ids=["unknown environment", "too long"],
+)
+def test_a_bad_prompt_is_refused_before_anything_is_sampled(bad: Prompt, message: str) -> None:
+    engine = ScriptedEngine({("fits", 0): ["Hi."]})
+    fits = prompt("fits", "none", "Hi.")
+    assert collector(engine, max_tokens=100).collect([fits], 1, Sampling(), SEED) is not None
+    asked = len(engine.requests)
+    with pytest.raises(ConfigError, match=message):
+        collector(engine, max_tokens=100).collect([fits, bad], 1, Sampling(), SEED)
+    assert len(engine.requests) == asked
 
 
 def test_a_prompt_that_leaves_no_room_for_one_token_is_refused() -> None:
     size = len(CHAT.prompt_ids(prompt("p", "none").messages))
-    collector(ScriptedEngine({}), max_tokens=size + 1).check([prompt("p", "none")])
+    t = play("5", environment="none", max_tokens=size + 1)
+    assert (t.stop, len(t.ids_T)) == ("token_limit", size + 1)
     with pytest.raises(ConfigError, match=f"has {size} tokens, rollout.max_tokens is {size}"):
-        collector(ScriptedEngine({}), max_tokens=size).check([prompt("p", "none")])
+        play("5", environment="none", max_tokens=size)
 
 
 def test_an_engine_whose_answer_is_inconsistent_is_refused() -> None:
