@@ -165,5 +165,5 @@ class StepResult:
     grad_norm: float
     lr: float
     skipped: bool
-    """True when gradients were not finite and the step was not taken."""
+    """True when no step was taken: gradients were not finite, or no token had a weight."""
     metrics: Mapping[str, float]

@@ -143,6 +143,7 @@ def step_metrics(results: Sequence[StepResult]) -> dict[str, float]:
         "train/lr": results[-1].lr,
         "train/skipped": float(sum(r.skipped for r in results)),
     }
-    for name in results[0].metrics:
-        metrics[f"policy/{name}"] = float(np.mean([r.metrics[name] for r in results]))
+    for name in dict.fromkeys(name for r in results for name in r.metrics):
+        values = [r.metrics[name] for r in results if name in r.metrics]
+        metrics[f"policy/{name}"] = float(np.mean(values))
     return metrics

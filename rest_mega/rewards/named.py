@@ -28,7 +28,8 @@ def tool_calls(trajectory: Trajectory) -> float:
     """S_acc in [0, 1] of all calls of the trajectory against `task["calls"]`; 0 where the task has
     no such list.
 
-    An empty list of gold calls says that none is wanted: 1 without calls, 0 with any.
+    An empty list of gold calls says that none is wanted: 1 without calls, 0 with any, and 0 where
+    a reply does not parse: a broken call is no abstention.
     """
     gold = trajectory.prompt.task.get("calls")
     if gold is None:
@@ -40,6 +41,8 @@ def tool_calls(trajectory: Trajectory) -> float:
         raise ConfigError(
             f'{where} must be a list of {{"name", "arguments"}}; mend the row'
         ) from error
+    if not wanted and not all(turn.well_formed for turn in trajectory.turns):
+        return 0.0
     return accuracy(wanted, [call for turn in trajectory.turns for call in turn.calls])
 
 

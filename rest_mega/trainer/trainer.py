@@ -184,6 +184,8 @@ class Trainer:
                 for b, w in zip(local, local_weights, strict=True)
             )
         )
+        if denominator == 0.0:
+            return self._nothing_to_learn()
         return self._step(local, loss, objective.POLICY_SUMS, objective.POLICY_MAXIMA)
 
     def supervised_step(self, batches: Sequence[Microbatch]) -> StepResult:
@@ -196,7 +198,19 @@ class Trainer:
                 logprob_R, torch.ones_like(logprob_R), denominator
             )
 
+        if denominator == 0.0:
+            return self._nothing_to_learn()
         return self._step(local, loss, (), ())
+
+    def _nothing_to_learn(self) -> StepResult:
+        """A batch without a weighted token: the schedule goes on, parameters and moments stay."""
+        return StepResult(loss=0.0, grad_norm=0.0, lr=self._next_lr(), skipped=True, metrics={})
+
+    def _next_lr(self) -> float:
+        self.optimizer_steps += 1
+        return optimizers.set_lr(
+            self.optimizer, self._optimizer_config, self.optimizer_steps, self._total_steps
+        )
 
     def _local_array(self, batch: Microbatch, values_T: Floats) -> Floats:
         """`values_T` cut as the micro-batch itself is cut by context parallelism."""
@@ -207,7 +221,7 @@ class Trainer:
     def _global_sum(self, value: float) -> float:
         """Sum over the ranks that hold distinct tokens: one tensor rank of one stage per token."""
         mine = value if self.parallel.counts_tokens else 0.0
-        return max(float(self.parallel.sum(np.array([mine]))[0]), 1e-12)
+        return float(self.parallel.sum(np.array([mine]))[0])
 
     def _step(
         self,
@@ -228,10 +242,7 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._runner.train(batches, closure)
-        self.optimizer_steps += 1
-        lr = optimizers.set_lr(
-            self.optimizer, self._optimizer_config, self.optimizer_steps, self._total_steps
-        )
+        lr = self._next_lr()
         norm, taken = optimizers.apply(self.optimizer, self._optimizer_config)
         total, metrics = self._reduce(reports, sums, maxima)
         return StepResult(loss=total, grad_norm=norm, lr=lr, skipped=not taken, metrics=metrics)

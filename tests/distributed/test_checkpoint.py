@@ -36,12 +36,16 @@ BEFORE, AFTER = 2, 2
 
 
 def _trainer(path: str, parallel: ParallelConfig, optimizer: OptimizerConfig) -> Any:
-    from rest_mega.sync.load import load, open_source
     from rest_mega.trainer import parallel as places
+
+    return _trainer_at(places.start(parallel, "auto"), path, optimizer)
+
+
+def _trainer_at(place: Any, path: str, optimizer: OptimizerConfig) -> Any:
+    from rest_mega.sync.load import load, open_source
     from rest_mega.trainer.model import read_architecture
     from rest_mega.trainer.trainer import Trainer
 
-    place = places.start(parallel, "auto")
     architecture = read_architecture(path)
     trainer = Trainer(
         architecture,
@@ -171,30 +175,24 @@ def test_at_another_layout_the_same_run_goes_on(
     _same(run_ranks(_resume, world, model, folder, parallel, optimizer)[0], want, exact=False)
 
 
-def _save_at_once(path: str, run_dir: str, optimizer: OptimizerConfig, first: bool) -> Any:
-    """Two steps from the start, or from a checkpoint made before any step."""
+def _save_at_once(path: str, run_dir: str, optimizer: OptimizerConfig) -> Any:
+    """Two steps from the start, and two from a checkpoint made before any step."""
     from rest_mega.trainer import checkpoint
-    from rest_mega.trainer import parallel as places
 
-    trainer = _trainer(path, ParallelConfig(), optimizer)
-    if first:
-        checkpoint.save(trainer, Path(run_dir), 0, {"verb": "sft", "config": {}}, keep=1)
-    else:
-        checkpoint.load(trainer, Path(run_dir) / "checkpoints" / "step_00000000")
-    steps = _steps(trainer, 0, 2)
-    places.stop()
-    return steps
+    first = _trainer(path, ParallelConfig(), optimizer)
+    state = {"verb": "sft", "config": {}}
+    folder = checkpoint.save(first, Path(run_dir), 0, state, keep=1)
+    again = _trainer_at(first.parallel, path, optimizer)
+    checkpoint.load(again, folder)
+    return _steps(first, 0, 2), _steps(again, 0, 2)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_checkpoint_before_the_first_step_is_the_start(
     name: str, model: str, tmp_path: Path
 ) -> None:
-    first, again = (
-        run_ranks(_save_at_once, 2, model, str(tmp_path), OPTIMIZERS[name], new)
-        for new in (True, False)
-    )
-    assert first == again
+    for first, again in run_ranks(_save_at_once, 2, model, str(tmp_path), OPTIMIZERS[name]):
+        assert first == again
 
 
 # ------------------------------------------------------------------ damage

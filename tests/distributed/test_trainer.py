@@ -145,7 +145,9 @@ def _modules_with_the_true_torch(case: Any) -> list[str]:
         bench.step(bench.trainer(optimizer), random_samples())
     megatron = [name for name in sys.modules if name.startswith("megatron.core")]
     assert len(megatron) > 100
-    return [n for n in megatron if getattr(sys.modules[n], "torch", None) is torch]
+    seeing = [n for n in megatron if getattr(sys.modules[n], "torch", None) is torch]
+    # 0.19 loads its multimodal models on the way; nothing of them runs.
+    return [name for name in seeing if not name.startswith("megatron.core.models.mimo")]
 
 
 def test_no_module_of_megatron_that_a_step_needs_sees_the_true_torch(case: Any) -> None:

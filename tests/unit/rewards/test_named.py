@@ -62,6 +62,7 @@ def test_no_wanted_call_is_answered_by_none(trajectory: Any) -> None:
     assert RUBRIC["tool_calls"](trajectory("a", task=task)) == 1
     assert RUBRIC["tool_calls"](trajectory("a", task=task, calls=[[ToolCall("f", {})]])) == 0
     assert RUBRIC["tool_calls"](trajectory("a", calls=[[ToolCall("f", {})]])) == 0
+    assert RUBRIC["tool_calls"](trajectory("a", task=task, well_formed=[False])) == 0
 
 
 NAMES = st.lists(st.sampled_from(["f", "g"]), min_size=1, max_size=3)
