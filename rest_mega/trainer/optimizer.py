@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rest_mega.config import ConfigError, OptimizerConfig
+from rest_mega.config import OptimizerConfig
 from rest_mega.trainer.adam import GroupStepAdam
 from rest_mega.trainer.muon import Muon
 from rest_mega.trainer.parallel import Parallel
@@ -27,7 +27,7 @@ _DECAY = {
 
 def lr_factor(config: OptimizerConfig, step: int, total: int) -> float:
     """Learning rate over its peak at 1-based optimizer `step` of `total`: warm-up, then decay to
-    `min_lr_ratio`."""
+    `min_lr_ratio`, which the step after the last would have."""
     if step <= config.warmup_steps:
         return step / config.warmup_steps
     span = max(1, total - config.warmup_steps)
@@ -63,11 +63,6 @@ def build(chunks: list[Any], config: OptimizerConfig, parallel: Parallel) -> Any
     from megatron.core.optimizer import OptimizerConfig as McoreConfig
     from megatron.core.optimizer import get_megatron_optimizer
 
-    if config.name == "sgd" and config.distributed:
-        raise ConfigError(
-            "optimizer.name=sgd: megatron-core shards the state of adam alone; set "
-            "optimizer.distributed=false"
-        )
     bf16 = chunks[0].config.bf16
     settings = McoreConfig(
         optimizer="sgd" if config.name == "sgd" else "adam",
@@ -106,10 +101,7 @@ def _begin_state(optimizer: Any) -> None:
 def _muon(chunks: list[Any], config: OptimizerConfig, settings: Any, parallel: Parallel) -> Any:
     from megatron.core.optimizer import ChainedOptimizer, FP32Optimizer
 
-    if settings.bf16:
-        raise ConfigError(
-            "optimizer.name=muon trains in fp32: set model.dtype=fp32 or another optimizer"
-        )
+    assert not settings.bf16, "the config refuses muon in bf16"
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     matrices = [
         p

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rest_mega.config import ConfigError, OptimizerConfig
+from rest_mega.config import OptimizerConfig
 from tests.support.bench import SGD, Bench, moved, parameters, small_case
 from tests.support.models import random_samples
 from tests.support.ranks import run_ranks
@@ -165,22 +165,3 @@ def test_norm_and_clipped_step_are_one_ranks_at_every_layout(
             if optimizer.name != "muon":  # which turns each rank's shard as one block
                 for name, values in after.items():
                     np.testing.assert_allclose(values, parameters_[name], atol=1e-6, err_msg=name)
-
-
-def _refusals(case: Any) -> list[str]:
-    bench, told = Bench(case), []
-    for optimizer, dtype in (
-        (OptimizerConfig(name="sgd"), "fp32"),
-        (OptimizerConfig(name="muon", distributed=False), "bf16"),
-    ):
-        with pytest.raises(ConfigError) as error:
-            bench.trainer(optimizer, dtype)
-        told.append(str(error.value))
-    return told
-
-
-def test_optimizers_that_cannot_be_built_so_are_refused_with_the_remedy(case: Any) -> None:
-    ((sgd, muon),) = run_ranks(_refusals, 1, case)
-    assert "optimizer.name=sgd" in sgd
-    assert "set optimizer.distributed=false" in sgd
-    assert "optimizer.name=muon trains in fp32: set model.dtype=fp32" in muon

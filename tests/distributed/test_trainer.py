@@ -152,3 +152,22 @@ def _modules_with_the_true_torch(case: Any) -> list[str]:
 
 def test_no_module_of_megatron_that_a_step_needs_sees_the_true_torch(case: Any) -> None:
     assert run_ranks(_modules_with_the_true_torch, 2, case) == [[], []]
+
+
+def _without_signal(case: Any, sizes: dict[str, int]) -> Any:
+    bench = Bench(case, **sizes)
+    trainer = bench.trainer(OptimizerConfig(lr=0.1, distributed=False))
+    bench.step(trainer, random_samples())  # from here on Adam's moments would move on their own
+    before, (batches,) = parameters(trainer), trainer.pack([])
+    (scores,) = trainer.score([batches])
+    result = trainer.step(batches, scores, [np.zeros(len(b.ids_T), np.float32) for b in batches])
+    same = all((before[n] == p).all() for n, p in parameters(trainer).items())
+    return same, result.skipped, result.loss, trainer.optimizer_steps
+
+
+@pytest.mark.parametrize("sizes", [{}, {"pipeline": 2}, {"tensor": 2}])
+def test_a_batch_without_signal_moves_nothing_but_the_schedule(
+    case: Any, sizes: dict[str, int]
+) -> None:
+    world = 2 if sizes else 1
+    assert run_ranks(_without_signal, world, case, sizes) == [(True, True, 0.0, 2)] * world
