@@ -109,7 +109,7 @@ def peak_memory_bytes() -> int:
 @functools.cache
 def adapt_mcore() -> None:
     """Make megatron-core importable and runnable here; once per process."""
-    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor` is deprecated")
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated")
     if torch.cuda.is_available():
         _use_group_step_adam()
         return
