@@ -23,8 +23,13 @@ WEIGHT_OF_REGION = np.array([0.5, 1.0, 2.0, 0.25], dtype=np.float32)
 LOSS = LossConfig(policy="ppo", clip_low=0.2, clip_high=0.3, dual_clip=3.0, old_logprobs="rollout")
 
 
-def _one_step(
-    path: str, parallel: ParallelConfig, tokens: int, distributed: bool, order: int
+def one_step(
+    path: str,
+    parallel: ParallelConfig,
+    tokens: int,
+    distributed: bool,
+    order: int,
+    model: ModelConfig = ModelConfig(),  # noqa: B008  # frozen
 ) -> dict[str, Any]:
     import torch
 
@@ -35,12 +40,12 @@ def _one_step(
     from rest_mega.trainer.model import read_architecture
     from rest_mega.trainer.trainer import Trainer
 
-    place = places.start(parallel, "cpu")
+    place = places.start(parallel, "auto")
     architecture = read_architecture(path)
     trainer = Trainer(
         architecture,
         place,
-        model=ModelConfig(path=path),
+        model=model,
         optimizer=OptimizerConfig(lr=1e-6, clip_grad=0.0, distributed=distributed),
         loss=LOSS,
         packing=PackingConfig(tokens=tokens),
@@ -81,7 +86,7 @@ def _one_step(
     return answer
 
 
-def _reference(path: str) -> dict[str, Any]:
+def reference(path: str) -> dict[str, Any]:
     import torch
     import transformers
 
@@ -130,7 +135,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def get(family: str) -> tuple[str, dict[str, Any]]:
         if family not in made:
             path = str(save_model(tmp_path_factory.mktemp(family), family))
-            made[family] = (path, run_ranks(_reference, 1, path)[0])
+            made[family] = (path, run_ranks(reference, 1, path)[0])
         return made[family]
 
     return get
@@ -158,7 +163,7 @@ def _world(name: str, parallel: ParallelConfig) -> int:
 def _check(name: str, path: str, want: dict[str, Any], **more: Any) -> None:
     parallel = LAYOUTS[name]
     settings = {"tokens": 64, "distributed": False, "order": 0} | more
-    answers = run_ranks(_one_step, _world(name, parallel), path, parallel, *settings.values())
+    answers = run_ranks(one_step, _world(name, parallel), path, parallel, *settings.values())
     for got in answers:
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
