@@ -80,7 +80,7 @@ def one_step(
             for _, parameter in named_parameters(trainer.chunks):
                 parameter.copy_(parameter.main_grad)
         answer["gradients"] = {
-            n: t.numpy() for n, t in Exporter(trainer.modules, architecture, place).stream()
+            n: t.float().numpy() for n, t in Exporter(trainer.modules, architecture, place).stream()
         }
     places.stop()
     return answer
