@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from rest_mega.rollout.engine import Engine, Sampling
 from rest_mega.stop import Stop
 from rest_mega.sync.export import Exporter, save_hf
 from rest_mega.sync.load import Source
+from rest_mega.sync.names import hf_names, hf_shape
 from rest_mega.sync.publish import publish
 from rest_mega.telemetry.report import summary_line, write_report
 from rest_mega.telemetry.reporter import Reporter
@@ -65,6 +67,19 @@ class Session:
         self._published = -1
         self._evaluated = int(self.resumed.get("evaluated", -1))
         self._saved = (int(self.resumed.get("step", -1)), self._evaluated)
+
+    def announce(self, step: int) -> None:
+        """Say what begins: the model, the layout, where the run stands."""
+        a, sizes, run = self.inputs.architecture, self.config.parallel, self.config.run
+        count = sum(math.prod(hf_shape(name, a)) for name in hf_names(a))
+        size = f"{count / 1e6:.1f} M" if count < 1e9 else f"{count / 1e9:.1f} B"
+        layout = f"TP {sizes.tensor} x PP {sizes.pipeline} x CP {sizes.context}"
+        todo = f"steps {step + 1} to {run.steps}" if step < run.steps else f"all {step} steps done"
+        self.reporter.event(
+            "start",
+            f"{self.verb}: {size} parameters from {self.config.model.path}, {layout} x DP "
+            f"{self.place.data_size}, {todo} in {run.dir}",
+        )
 
     def publish(self, step: int) -> None:
         """Load the parameters into the engine, as version `step`."""

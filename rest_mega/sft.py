@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from rest_mega.assemble import open_session, read_inputs
@@ -64,14 +66,18 @@ def step_indices(count: int, config: RunConfig, step: int) -> list[int]:
     chosen = []
     for position in range((step - 1) * size, step * size):
         epoch, index = divmod(position, count)
-        if config.sft.shuffle:
-            index = int(np.random.default_rng((config.run.seed, epoch)).permutation(count)[index])
-        chosen.append(index)
+        chosen.append(_order(count, config.run.seed, epoch)[index] if config.sft.shuffle else index)
     return chosen
+
+
+@functools.lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    return [int(i) for i in np.random.default_rng((seed, epoch)).permutation(count)]
 
 
 def _loop(s: Session, samples: list[Sample]) -> int:
     config, place, step = s.config, s.place, int(s.resumed.get("step", 0))
+    s.announce(step)
     while step < config.run.steps:
         if place.sum_one(s.stop()) > 0:
             return s.interrupt(step)

@@ -55,6 +55,7 @@ class Loop:
     def run(self) -> int:
         """Steps with publication, evaluation and checkpoints between them."""
         s = self.s
+        s.announce(self.step)
         s.publish(self.step)
         if not s.evaluate(self.step, first=True):
             return s.interrupt(self.step, **self._state())

@@ -26,9 +26,16 @@ LIVE = (
     ("reward/mean", "reward {:.2f}"),
     ("success/train", "success {:.0%}"),
     ("entropy/policy", "entropy {:.3f}"),
+    ("entropy/TOOL_NAME", "name {:.2f}"),
+    ("entropy/ARG_VALUE", "args {:.2f}"),
+    ("entropy/REASONING", "think {:.2f}"),
+    ("entropy/ANSWER", "answer {:.2f}"),
+    ("tokens/s", "{:.0f} tok/s"),
     ("train/loss", "loss {:+.3f}"),
 )
-"""Metrics shown on the console, in order, where a step has them."""
+"""Metrics shown on the console, in order, where a step has them; after the entropy of all tokens
+that of the regions that tell most."""
+BAR = "{desc:8} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining} {postfix}"
 
 
 class Reporter:
@@ -72,7 +79,7 @@ class Reporter:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1
+                total=total, initial=done, bar_format=BAR, dynamic_ncols=True, smoothing=0.1
             )
 
     @contextlib.contextmanager
@@ -119,11 +126,10 @@ class Reporter:
                 + ", ".join(f"{_mode(k)} success {v:.1%}" for k, v in evaluation.items())
             )
         parts = [text.format(row[name]) for name, text in LIVE if name in row]
-        parts += [f"{row['tokens/s']:.0f} tok/s"] if "tokens/s" in row else []
         if "train/loss" not in row:
             return
         if self._bar is not None:
-            self._bar.set_postfix_str(" ".join([*parts, _regions(row)]).strip(), refresh=False)
+            self._bar.set_postfix_str(" ".join(parts), refresh=False)
             self._bar.update(step - self._bar.n)
         else:
             self._say(f"step {step}: " + ", ".join(parts))
@@ -153,17 +159,6 @@ class Reporter:
 
 def _mode(name: str) -> str:
     return name.removeprefix("eval/").removesuffix("_success")
-
-
-def _regions(row: Mapping[str, float]) -> str:
-    """Entropies of the regions that tell most, compact: `H name .03 args .12 think .41`."""
-    short = {"TOOL_NAME": "name", "ARG_VALUE": "args", "REASONING": "think", "ANSWER": "answer"}
-    shown = [
-        f"{text} {row[f'entropy/{name}']:.2f}"
-        for name, text in short.items()
-        if f"entropy/{name}" in row
-    ]
-    return "H " + " ".join(shown) if shown else ""
 
 
 def _finite(value: float) -> float | None:
