@@ -109,7 +109,9 @@ def peak_memory_bytes() -> int:
 @functools.cache
 def adapt_mcore() -> None:
     """Make megatron-core importable and runnable here; once per process."""
-    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated")
+    for message in ("`torch.distributed.* is deprecated", "Please use DTensor instead"):
+        warnings.filterwarnings("ignore", message=message)  # what mcore calls is mcore's to mend
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core")
     if torch.cuda.is_available():
         _use_group_step_adam()
         return
