@@ -25,17 +25,17 @@ METRICS, TRAJECTORIES, EVENTS, RUN = (
 LIVE = (
     ("reward/mean", "reward {:.2f}"),
     ("success/train", "success {:.0%}"),
+    ("tokens/s", "{:.0f} tok/s"),
     ("entropy/policy", "entropy {:.3f}"),
     ("entropy/TOOL_NAME", "name {:.2f}"),
     ("entropy/ARG_VALUE", "args {:.2f}"),
     ("entropy/REASONING", "think {:.2f}"),
     ("entropy/ANSWER", "answer {:.2f}"),
-    ("tokens/s", "{:.0f} tok/s"),
     ("train/loss", "loss {:+.3f}"),
 )
 """Metrics shown on the console, in order, where a step has them; after the entropy of all tokens
 that of the regions that tell most."""
-BAR = "{desc:8} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining} {postfix}"
+BAR = "{desc:8} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 
 class Reporter:
