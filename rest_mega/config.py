@@ -285,7 +285,17 @@ class RewardConfig:
     parts: Mapping[str, float] = field(default_factory=lambda: {"format": 1.0, "tool_calls": 3.0})
     """Name of a reward function -> its coefficient; the reward is the weighted sum."""
 
+    schedule: str = "none"
+    """none, or rest: the factors of `format` and `tool_calls` follow ResT's dynamic reward, from
+    4 : 4 to 2 : 6 over 150 steps; see rest_mega.rewards.schedule."""
+
     def __post_init__(self) -> None:
+        one_of("rewards.schedule", self.schedule, ("none", "rest"))
+        require(
+            self.schedule == "none" or {"format", "tool_calls"} <= set(self.parts),
+            f"rewards.schedule={self.schedule} shifts reward between format and tool_calls: name "
+            "both in rewards.parts, or set rewards.schedule=none",
+        )
         require(len(self.parts) > 0, "rewards.parts is empty; name at least one reward function")
         require(
             any(self.parts.values()),

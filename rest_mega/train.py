@@ -126,7 +126,7 @@ class Loop:
         )
         if groups is None:
             return None, view
-        rewards_PG, parts = s.inputs.rubric(groups)
+        rewards_PG, parts = s.inputs.rubric(groups, step)
         kept, dropped = assign(
             groups,
             rewards_PG,

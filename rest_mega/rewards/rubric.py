@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from rest_mega.config import RewardConfig, one_of, require
 from rest_mega.records import Trajectory
+from rest_mega.rewards.schedule import LAST, SCHEDULES
 
 RewardFunction = Callable[[Trajectory], float]
 Rewards = npt.NDArray[np.float64]
@@ -39,12 +40,14 @@ class Rubric:
         for name in config.parts:
             one_of("rewards.parts", name, sorted(RUBRIC))
         self._parts = dict(config.parts)
+        self._schedule = SCHEDULES[config.schedule]
 
     def __call__(
-        self, groups: Sequence[Sequence[Trajectory]]
+        self, groups: Sequence[Sequence[Trajectory]], step: float = LAST
     ) -> tuple[Rewards, dict[str, Rewards]]:
         """`groups[p][g]` -> (rewards_PG, name of a part -> its values_PG before the coefficient).
 
+        `step` counts from 1, for the schedule of the coefficients; an evaluation leaves it out.
         Raises ValueError for groups of unequal size and for a value that is not finite.
         """
         sizes = {len(group) for group in groups}
@@ -60,7 +63,10 @@ class Rubric:
             ).reshape(shape)
             for name in self._parts
         }
-        total = sum((self._parts[name] * values for name, values in parts.items()), np.zeros(shape))
+        factors = self._schedule(step)
+        total = np.zeros(shape)
+        for name, values in parts.items():
+            total += self._parts[name] * factors.get(name, 1.0) * values
         return total, parts
 
 
