@@ -334,25 +334,52 @@ class CreditConfig:
         )
 
 
+CORRECTION_BANDS: Mapping[str, tuple[float, float]] = types.MappingProxyType(
+    {"none": (0.0, math.inf), "tis": (0.0, 2.0), "mis": (0.5, 5.0), "sequence-mask": (0.95, 1.05)}
+)
+"""Correction -> its own (low, high) for the ratio trainer / engine. mis: IcePop's; others ours."""
+
+
 @dataclass(frozen=True)
 class LossConfig:
-    """The clipped surrogate and its correction."""
+    """The surrogate, how its tokens are put together, and the correction for the engine's own
+    log-probs."""
 
     policy: str = "ppo"
-    """ppo (clip; dual clip when dual_clip > 0) or reinforce."""
+    """ppo (clip; dual clip when dual_clip > 0), gspo (one ratio per trajectory, clipped), cispo
+    (clipped ratio without gradient, times A log pi) or reinforce."""
     clip_low: float = 0.2
-    """Ratios below 1 - clip_low are clipped."""
+    """Ratios below 1 - clip_low are clipped. gspo's ratio is a trajectory's mean and far closer to
+    1: its paper uses 3e-4 and 4e-4. cispo's paper sets no lower bound: 0.999."""
     clip_high: float = 0.2
     """Ratios above 1 + clip_high are clipped; larger than clip_low is DAPO's clip-higher."""
     dual_clip: float = 3.0
-    """Bound c on the loss of negative advantages (dual clip); 0 switches it off."""
+    """ppo only: bound c on the loss of negative advantages (dual clip); 0 switches it off."""
     old_logprobs: str = "trainer"
     """trainer: log-probs of the scoring pass; rollout: those the engine sampled with."""
+    aggregation: str = "weighted-token-mean"
+    """What the weighted token losses are divided by, over the global batch of an optimizer step:
+    weighted-token-mean (the sum of weights), token-mean (the number of trained tokens, DAPO),
+    sequence-mean (the mean over trajectories of the mean over a trajectory's tokens, GRPO) or fixed
+    (trajectories x fixed_length, Dr. GRPO). Trajectories are those trained on: groups that
+    credit.drop_equal_groups leaves out do not count."""
+    fixed_length: int = 1024
+    """aggregation=fixed only: the length every trajectory counts as; Dr. GRPO takes the most tokens
+    a reply may have."""
+    correction: str = "none"
+    """What the ratio trainer / engine of the sampled tokens does to their loss: none; tis (times
+    the ratio, at most correction_high); mis (times the ratio, 0 outside the band); sequence-mask
+    (0 for trajectories whose geometric mean ratio is outside the band)."""
+    correction_low: float | None = None
+    """Lower end of the band; null: the correction's own (mis 0.5, sequence-mask 0.95)."""
+    correction_high: float | None = None
+    """Upper end of the band, the cap of tis; null: the correction's own (tis 2, mis 5,
+    sequence-mask 1.05)."""
     optimizer_steps: int = 1
     """Optimizer steps per rollout batch: whole trajectories are cut into this many parts."""
 
     def __post_init__(self) -> None:
-        one_of("loss.policy", self.policy, ("ppo", "reinforce"))
+        one_of("loss.policy", self.policy, ("ppo", "gspo", "cispo", "reinforce"))
         one_of("loss.old_logprobs", self.old_logprobs, ("trainer", "rollout"))
         require(0 < self.clip_low < 1, f"loss.clip_low={self.clip_low} must be in (0, 1)")
         require(self.clip_high > 0, f"loss.clip_high={self.clip_high} must be positive")
@@ -360,9 +387,41 @@ class LossConfig:
             self.dual_clip == 0 or self.dual_clip > 1,
             f"loss.dual_clip={self.dual_clip} must be 0 (off) or greater than 1",
         )
+        aggregations = ("weighted-token-mean", "token-mean", "sequence-mean", "fixed")
+        one_of("loss.aggregation", self.aggregation, aggregations)
+        require(self.fixed_length >= 1, f"loss.fixed_length={self.fixed_length} must be at least 1")
+        self._check_correction()
         require(
             self.optimizer_steps >= 1,
             f"loss.optimizer_steps={self.optimizer_steps} must be at least 1",
+        )
+
+    def _check_correction(self) -> None:
+        one_of("loss.correction", self.correction, CORRECTION_BANDS)
+        low, high = self.correction_band
+        require(
+            0 <= low < high,
+            f"loss.correction_low={low} and loss.correction_high={high} must satisfy 0 <= low < "
+            "high",
+        )
+        require(
+            self.correction != "sequence-mask" or low <= 1 <= high,
+            f"loss.correction_low={low} and loss.correction_high={high} must have 1 between them: "
+            "trajectories on which trainer and engine agree would be masked",
+        )
+        require(
+            self.correction not in ("tis", "mis") or self.old_logprobs == "trainer",
+            f"loss.correction={self.correction} with loss.old_logprobs=rollout would count the "
+            "ratio trainer / engine twice: set loss.old_logprobs=trainer or loss.correction=none",
+        )
+
+    @property
+    def correction_band(self) -> tuple[float, float]:
+        """(low, high) of the ratio trainer / engine that `correction` goes by."""
+        low, high = CORRECTION_BANDS[self.correction]
+        return (
+            low if self.correction_low is None else self.correction_low,
+            high if self.correction_high is None else self.correction_high,
         )
 
 

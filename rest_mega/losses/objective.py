@@ -1,50 +1,97 @@
 """One micro-batch -> (loss, sums with counts, maxima): the weighted surrogate over the global
 denominator.
 
-L = sum_t w_t l_t / sum_t w_t, both sums over the whole batch of all replicas: the denominator is
-known before the first forward, so the gradient does not depend on how the batch was cut into
-micro-batches or replicas.
+L = sum_t w_t f_t l_t / D over the whole batch of all replicas, with w_t the token's weight (times
+its correction), T_i the trained tokens of its sequence, S the sequences that have any:
+
+    aggregation           f_t      D
+    weighted-token-mean   1        sum_t w_t      ResT's code, over the global batch
+    token-mean            1        sum_i T_i      DAPO (arXiv 2503.14476)
+    sequence-mean         1 / T_i  S              GRPO (arXiv 2402.03300), ResT's paper
+    fixed                 1        S L            Dr. GRPO (arXiv 2503.20783), L = fixed_length
+
+D and f_t are known before the first forward, so the gradient does not depend on how the batch was
+cut into micro-batches or replicas. D is of the uncorrected weights: a masked token counts as a 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
 from rest_mega.config import LossConfig
-from rest_mega.losses.policy import SURROGATES, log_ratio
+from rest_mega.losses.policy import SURROGATES, Sequences, log_ratio
+from rest_mega.records import Bools, Floats, Ints
 
 Report = dict[str, torch.Tensor]
 
-POLICY_SUMS = ("surrogate", "clip_fraction", "ratio", "approx_kl", "entropy", "rollout_gap")
+POLICY_SUMS = ("surrogate", "clip_fraction", "ratio", "approx_kl", "entropy")
 """Names in the sums of `policy_objective`; each is a tensor [total, count] over trained rows."""
-POLICY_MAXIMA = ("rollout_gap_max",)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a batch holds, over all replicas."""
+
+    weights: float
+    """Sum of the weights of trained tokens."""
+    tokens: float
+    """Trained tokens."""
+    sequences: float
+    """Sequences with a trained token."""
+
+
+AGGREGATIONS: dict[str, Callable[[Totals, LossConfig], float]] = {
+    "weighted-token-mean": lambda totals, config: totals.weights,
+    "token-mean": lambda totals, config: totals.tokens,
+    "sequence-mean": lambda totals, config: totals.sequences,
+    "fixed": lambda totals, config: totals.sequences * config.fixed_length,
+}
+"""Name -> D of the global batch."""
+
+
+def token_factors(
+    weights_T: Floats, mask_T: Bools, sample_T: Ints, config: LossConfig
+) -> tuple[Floats, Totals]:
+    """(w_t f_t of the trained tokens and 0 elsewhere, what these packed whole sequences add to the
+    totals)."""
+    trained_T = np.where(mask_T, weights_T, 0.0).astype(np.float64)
+    row_T = np.asarray(sample_T, dtype=np.int64) + 1
+    tokens_S = np.bincount(row_T, weights=mask_T)
+    totals = Totals(float(trained_T.sum()), float(tokens_S.sum()), float((tokens_S > 0).sum()))
+    if config.aggregation == "sequence-mean":
+        trained_T /= np.maximum(tokens_S, 1.0)[row_T]
+    return trained_T.astype(np.float32), totals
 
 
 def policy_objective(
     logprob_R: torch.Tensor,
     entropy_R: torch.Tensor,
     old_logprob_R: torch.Tensor,
-    rollout_logprob_R: torch.Tensor,
     advantages_R: torch.Tensor,
     weights_R: torch.Tensor,
+    sequences: Sequences,
     config: LossConfig,
     denominator: float,
 ) -> tuple[torch.Tensor, Report, Report]:
-    """The weighted clipped surrogate of one micro-batch, divided by the global sum of weights.
+    """The weighted surrogate of one micro-batch over the global denominator; `weights_R` holds the
+    products w_t f_t.
 
     Rows may be none: the loss is then a zero that backward can walk. Reported statistics are
-    unweighted: approx_kl is mean(old - new) (k1), rollout_gap the mean |trainer - engine| log-prob
-    of the sampled tokens.
+    unweighted: approx_kl is mean(old - new) (k1).
     """
-    loss_R, clipped_R = SURROGATES[config.policy](logprob_R, old_logprob_R, advantages_R, config)
+    loss_R, clipped_R = SURROGATES[config.policy](
+        logprob_R, old_logprob_R, advantages_R, config, sequences
+    )
     loss = (weights_R * loss_R).sum() / denominator
     with torch.no_grad():
         log_ratio_R = log_ratio(logprob_R, old_logprob_R)
-        gap_R = (old_logprob_R - rollout_logprob_R).abs()
-        values = (loss_R, clipped_R, log_ratio_R.exp(), -log_ratio_R, entropy_R, gap_R)
+        values = (loss_R, clipped_R, log_ratio_R.exp(), -log_ratio_R, entropy_R)
         sums = {name: _sum_count(value) for name, value in zip(POLICY_SUMS, values, strict=True)}
-        maxima = {"rollout_gap_max": gap_R.max()} if gap_R.numel() else {}
-    return loss, sums, maxima
+    return loss, sums, {}
 
 
 def supervised_objective(

@@ -3,6 +3,7 @@ optimizer."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 
 from rest_mega.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
-from rest_mega.losses import objective
+from rest_mega.losses import correction, objective
+from rest_mega.losses.policy import Sequences
 from rest_mega.records import Floats, Microbatch, Sample, StepResult
 from rest_mega.trainer import model as models
 from rest_mega.trainer import optimizer as optimizers
@@ -29,6 +31,21 @@ class Scores:
 
     logprob_R: Floats
     entropy_R: Floats
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one micro-batch's trained rows on this rank bring to the loss, but the log-probs."""
+
+    batch: Microbatch
+    """This context rank's part."""
+    sequences: Sequences
+    old_logprob_R: torch.Tensor
+    advantages_R: torch.Tensor
+    weights_R: torch.Tensor
+    """Token weight x factor of the aggregation x correction."""
+    totals: objective.Totals
+    """Of the whole micro-batch."""
 
 
 @dataclass
@@ -152,41 +169,69 @@ class Trainer:
     ) -> StepResult:
         """One policy-gradient step. `weights[m]` holds weights_T of micro-batch m (whole, before
         any CP cut)."""
-        local = self._local(batches)
-        local_weights = [self._local_array(b, w) for b, w in zip(batches, weights, strict=True)]
+        reports = Reports()
+        rows = [self._rows(*one, reports) for one in zip(batches, scores, weights, strict=True)]
+        totals, live = self._totals(rows)
+        if live == 0.0:
+            gaps = self._reduce(reports, correction.GAP_SUMS, correction.GAP_MAXIMA)[1]
+            return self._nothing_to_learn(gaps if totals.tokens else {})
+        denominator = objective.AGGREGATIONS[self._loss.aggregation](totals, self._loss)
 
         def loss(index: int, logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> Any:
-            batch, like = local[index], logprob_R
-
-            def rows(array: Floats) -> torch.Tensor:
-                return torch.from_numpy(np.ascontiguousarray(array[batch.mask_T])).to(like.device)
-
-            rollout_R = rows(batch.logprobs_T)
-            old_R = (
-                rollout_R
-                if self._loss.old_logprobs == "rollout"
-                else _to(like, scores[index].logprob_R)
-            )
+            row = rows[index]
             return objective.policy_objective(
                 logprob_R,
                 entropy_R,
-                old_R,
-                rollout_R,
-                rows(batch.advantages_T),
-                rows(local_weights[index]),
+                row.old_logprob_R,
+                row.advantages_R,
+                row.weights_R,
+                row.sequences,
                 self._loss,
                 denominator,
             )
 
-        denominator = self._global_sum(
-            sum(
-                float(w[b.mask_T].sum(dtype=np.float64))
-                for b, w in zip(local, local_weights, strict=True)
-            )
+        sums = objective.POLICY_SUMS + correction.GAP_SUMS
+        local = [row.batch for row in rows]
+        return self._step(local, loss, reports, sums, correction.GAP_MAXIMA)
+
+    def _rows(self, whole: Microbatch, scores: Scores, weights_T: Floats, reports: Reports) -> Rows:
+        """What this rank's trained rows of a micro-batch bring to the loss."""
+        factors_T, totals = objective.token_factors(
+            weights_T, whole.mask_T, whole.sample_T, self._loss
         )
-        if denominator == 0.0:
-            return self._nothing_to_learn()
-        return self._step(local, loss, objective.POLICY_SUMS, objective.POLICY_MAXIMA)
+        batch = local_part(whole, self.parallel)
+        mask_T = batch.mask_T
+        engine_R = self._tensor(batch.logprobs_T[mask_T])
+        weights_R = self._tensor(self._local_array(whole, factors_T)[mask_T])
+        trainer_R, sequences = engine_R, self._sequences(whole, batch)
+        if self.parallel.is_last_stage:
+            trainer_R = self._tensor(scores.logprob_R)
+            factor_R, sums, maxima = correction.correct(trainer_R, engine_R, self._loss, sequences)
+            reports.add(torch.zeros(()), sums, maxima)
+            weights_R = weights_R * factor_R
+        old_R = engine_R if self._loss.old_logprobs == "rollout" else trainer_R
+        advantages_R = self._tensor(batch.advantages_T[mask_T])
+        return Rows(batch, sequences, old_R, advantages_R, weights_R, totals)
+
+    def _sequences(self, whole: Microbatch, local: Microbatch) -> Sequences:
+        """Where this rank's trained rows belong among the sequences of the whole micro-batch."""
+        ids_S, tokens_S = np.unique(whole.sample_T[whole.mask_T], return_counts=True)
+        index_R = np.searchsorted(ids_S, local.sample_T[local.mask_T])
+        group = self.parallel.groups.cp if self.parallel.config.context > 1 else None
+        return Sequences(self._tensor(index_R), self._tensor(tokens_S), group)
+
+    def _totals(self, rows: Sequence[Rows]) -> tuple[objective.Totals, float]:
+        """(totals of the global batch, its sum of corrected weights), the same on every rank."""
+        mine = np.zeros(4)
+        if self.parallel.counts_tokens:
+            mine[3] = sum(float(r.weights_R.double().sum()) for r in rows)
+            if self.parallel.context_rank == 0:  # every context rank has the totals of whole ones
+                mine[:3] = np.sum([dataclasses.astuple(r.totals) for r in rows], axis=0)
+        weights, tokens, sequences, live = self.parallel.sum(mine).tolist()
+        return objective.Totals(weights, tokens, sequences), live
+
+    def _tensor(self, array: Any) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.parallel.device)
 
     def supervised_step(self, batches: Sequence[Microbatch]) -> StepResult:
         """One step of next-token cross-entropy on the trained tokens."""
@@ -199,12 +244,13 @@ class Trainer:
             )
 
         if denominator == 0.0:
-            return self._nothing_to_learn()
-        return self._step(local, loss, (), ())
+            return self._nothing_to_learn({})
+        return self._step(local, loss, Reports(), (), ())
 
-    def _nothing_to_learn(self) -> StepResult:
+    def _nothing_to_learn(self, metrics: dict[str, float]) -> StepResult:
         """A batch without a weighted token: the schedule goes on, parameters and moments stay."""
-        return StepResult(loss=0.0, grad_norm=0.0, lr=self._next_lr(), skipped=True, metrics={})
+        lr = self._next_lr()
+        return StepResult(loss=0.0, grad_norm=0.0, lr=lr, skipped=True, metrics=metrics)
 
     def _next_lr(self) -> float:
         self.optimizer_steps += 1
@@ -214,9 +260,9 @@ class Trainer:
 
     def _local_array(self, batch: Microbatch, values_T: Floats) -> Floats:
         """`values_T` cut as the micro-batch itself is cut by context parallelism."""
-        from dataclasses import replace
-
-        return local_part(replace(batch, advantages_T=values_T), self.parallel).advantages_T
+        return local_part(
+            dataclasses.replace(batch, advantages_T=values_T), self.parallel
+        ).advantages_T
 
     def _global_sum(self, value: float) -> float:
         """Sum over the ranks that hold distinct tokens: one tensor rank of one stage per token."""
@@ -227,11 +273,10 @@ class Trainer:
         self,
         batches: list[Microbatch],
         loss: Callable[[int, torch.Tensor, torch.Tensor], Any],
+        reports: Reports,
         sums: Sequence[str],
         maxima: Sequence[str],
     ) -> StepResult:
-        reports = Reports()
-
         def closure(index: int, logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> torch.Tensor:
             value, summed, largest = loss(index, logprob_R, entropy_R)
             reports.add(value, summed, largest)
@@ -265,10 +310,6 @@ class Trainer:
             top = self.parallel.maximum(np.array(largest))
             metrics |= {n: float(v) for n, v in zip(maxima, top, strict=True)}
         return float(total[0]), {name: float(value) for name, value in metrics.items()}
-
-
-def _to(like: torch.Tensor, values: Floats) -> torch.Tensor:
-    return torch.from_numpy(values).to(like.device)
 
 
 __all__ = ["RowLoss", "Scores", "Trainer"]

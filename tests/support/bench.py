@@ -21,6 +21,7 @@ SGD = OptimizerConfig(
     name="sgd", lr=1.0, weight_decay=0.0, beta1=0.0, clip_grad=0.0, distributed=False
 )
 """One step of it is the gradient."""
+TEMPERATURE = 0.8
 
 
 def small_case(folder: Path) -> tuple[str, Any]:
@@ -41,7 +42,11 @@ class Bench:
         self.place = places.start(ParallelConfig(**sizes), "cpu")
 
     def trainer(
-        self, optimizer: OptimizerConfig = SGD, dtype: str = "fp32", tokens: int = 4096
+        self,
+        optimizer: OptimizerConfig = SGD,
+        dtype: str = "fp32",
+        tokens: int = 4096,
+        loss: LossConfig = LossConfig(),  # noqa: B008  # frozen
     ) -> Any:
         from rest_mega.sync.load import load, open_source
         from rest_mega.trainer.trainer import Trainer
@@ -51,9 +56,9 @@ class Bench:
             self.place,
             model=ModelConfig(path=self.path, dtype=dtype),
             optimizer=optimizer,
-            loss=LossConfig(),
+            loss=loss,
             packing=PackingConfig(tokens=tokens),
-            temperature=0.8,
+            temperature=TEMPERATURE,
             total_steps=4,
         )
         source = open_source(self.path, "load", self.architecture, 0)

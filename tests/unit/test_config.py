@@ -178,6 +178,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("loss.clip_low", 1, "(0, 1)"),
     ("loss.clip_high", 0, "positive"),
     ("loss.dual_clip", 0.5, "0 (off) or greater than 1"),
+    ("loss.aggregation", "mean", "token-mean"),
+    ("loss.fixed_length", 0, "at least 1"),
+    ("loss.correction", "icepop", "sequence-mask"),
+    ("loss.correction_high", 0, "0 <= low < high"),
+    ("loss.correction_low", -0.5, "0 <= low < high"),
     ("loss.optimizer_steps", 0, "at least 1"),
     ("loss.optimizer_steps", 65, "8 prompts x 8 samples"),
     ("packing.tokens", 0, "at least 1"),
@@ -225,6 +230,27 @@ def test_the_edges_of_a_range_belong_to_it(key: str, value: Any) -> None:
 def test_muon_in_bf16_is_refused() -> None:
     tree = {"optimizer": {"name": "muon", "distributed": False}, "model": {"dtype": "bf16"}}
     assert "not model.dtype=bf16: set model.dtype=fp32" in refused(tree)
+
+
+def test_a_correction_takes_its_own_band_where_none_is_given() -> None:
+    bands = {
+        name: RunConfig.from_dict({"loss": {"correction": name}}).loss.correction_band
+        for name in ("tis", "mis", "sequence-mask")
+    }
+    assert bands == {"tis": (0.0, 2.0), "mis": (0.5, 5.0), "sequence-mask": (0.95, 1.05)}
+    given = {"correction": "mis", "correction_low": 0.9, "correction_high": 1.5}
+    assert RunConfig.from_dict({"loss": given}).loss.correction_band == (0.9, 1.5)
+
+
+@pytest.mark.parametrize("name", ["tis", "mis"])
+def test_a_ratio_that_would_count_twice_is_refused(name: str) -> None:
+    tree = {"loss": {"correction": name, "old_logprobs": "rollout"}}
+    assert "set loss.old_logprobs=trainer or loss.correction=none" in refused(tree)
+
+
+def test_a_band_that_masks_what_agrees_is_refused() -> None:
+    tree = {"loss": {"correction": "sequence-mask", "correction_low": 1.01}}
+    assert "must have 1 between them" in refused(tree)
 
 
 # ------------------------------------------------------------------ the world
