@@ -41,7 +41,11 @@ class Bench:
         self.place = places.start(ParallelConfig(**sizes), "cpu")
 
     def trainer(
-        self, optimizer: OptimizerConfig = SGD, dtype: str = "fp32", tokens: int = 4096
+        self,
+        optimizer: OptimizerConfig = SGD,
+        dtype: str = "fp32",
+        tokens: int = 4096,
+        loss: LossConfig = LossConfig(),  # noqa: B008  # frozen
     ) -> Any:
         from rest_mega.sync.load import load, open_source
         from rest_mega.trainer.trainer import Trainer
@@ -51,7 +55,7 @@ class Bench:
             self.place,
             model=ModelConfig(path=self.path, dtype=dtype),
             optimizer=optimizer,
-            loss=LossConfig(),
+            loss=loss,
             packing=PackingConfig(tokens=tokens),
             temperature=0.8,
             total_steps=4,
