@@ -384,10 +384,10 @@ class LossConfig:
     optimizer_steps: int = 1
     """Optimizer steps per rollout batch: whole trajectories are cut into this many parts."""
     scoring: bool = True
-    """Score the batch (forward only) before training on it. false saves that pass, one of the four
-    forward-equivalents of a step (backward counts as two), and keeps the gradient: the old log-prob
-    of a single optimizer step is the current one. The weights then know the region entropies up to
-    the step before (in the first step: none, so that only the curriculum weighs)."""
+    """Score the batch (forward only) before training on it. false saves that pass, about one of
+    four forward-equivalents of a step (backward counts as two); the old log-prob is then the
+    current one, which is exact for a single optimizer step. The weights know the region entropies
+    up to the step before (in the first step none: all regions count as equally uncertain)."""
 
     def __post_init__(self) -> None:
         one_of("loss.policy", self.policy, ("ppo", "reinforce"))

@@ -173,7 +173,7 @@ class Trainer:
         """`parts` with every trained token's advantage times `factor(rows of all parts, total)`.
 
         A context-parallel rank changes the tokens that it computes, a rank without the LM head
-        none: no other advantages are read.
+        none: no other advantages are read. Tensor ranks have equal scores, so they decide alike.
         """
         found = [
             (batch, self._held(batch), row, weights_T)

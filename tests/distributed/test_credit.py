@@ -109,6 +109,16 @@ def test_every_rule_s_gradients_and_shares_are_those_of_one_rank(
             same(got[name], want)
 
 
+def _scores(case: Any) -> Any:
+    step = Step(Bench(case, tensor=2))
+    return [(s.logprob_R.tolist(), s.entropy_R.tolist()) for s in step.scores[0]]
+
+
+def test_tensor_ranks_score_alike_to_the_bit_and_so_decide_alike(case: Any) -> None:
+    first, second = run_ranks(_scores, 2, case)
+    assert first == second
+
+
 def _by_hand(case: Any) -> Any:
     """A step on the advantages that sorting the scores of all tokens gives."""
     step = Step(Bench(case))
