@@ -312,6 +312,9 @@ class CreditConfig:
     """rest, rest-paper, rest-code or uniform: see rest_mega.credit.weights.PRESETS."""
     tau: float | None = None
     """Tempering of the entropy rule; 0: constants, 1: the paper's Eq. 9; null: the preset's."""
+    rule: str | None = None
+    """What a raw weight divides by: one_minus_exp (1 - exp(-H)) or entropy (Eq. 9's 1 / H); null:
+    the preset's. Without effect where tau is 0."""
     entropy_floor: float | None = None
     """h0: entropies below count as this many nats; null: the preset's."""
     w_min: float | None = None
@@ -320,6 +323,24 @@ class CreditConfig:
     """Upper clip of a raw weight; null: the preset's."""
     entropy_momentum: float = 0.9
     """Running mean of the region entropies: share of the old value kept at each step."""
+    tokens: str = "all"
+    """What becomes of single tokens, besides their region's weight: all (nothing), high-entropy,
+    clip-cov or entropy-advantage; see rest_mega.credit.advantages.TOKENS."""
+    high_entropy_share: float = 0.2
+    """tokens=high-entropy: share of the global batch's weighted tokens that carry gradient, those
+    of highest entropy (arXiv 2506.01939)."""
+    clip_cov_share: float = 2e-4
+    """tokens=clip-cov: share of the global batch's weighted tokens that lose their gradient (arXiv
+    2505.22617)."""
+    clip_cov_low: float = 1.0
+    """tokens=clip-cov: lowest covariance of log-prob and advantage of a token that may be
+    chosen."""
+    clip_cov_high: float = 5.0
+    """tokens=clip-cov: highest covariance of a token that may be chosen."""
+    shaping_alpha: float = 0.4
+    """tokens=entropy-advantage: advantage added per nat of a token's entropy (arXiv 2506.14758)."""
+    shaping_kappa: float = 2.0
+    """tokens=entropy-advantage: at most |advantage| / shaping_kappa is added."""
     advantage: str = "grpo"
     """grpo (mean and std of the group), dr_grpo (mean only) or rloo."""
     drop_equal_groups: bool = True
@@ -328,6 +349,28 @@ class CreditConfig:
     def __post_init__(self) -> None:
         one_of("credit.preset", self.preset, ("rest", "rest-paper", "rest-code", "uniform"))
         one_of("credit.advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
+        if self.rule is not None:
+            one_of("credit.rule", self.rule, ("one_minus_exp", "entropy"))
+        one_of(
+            "credit.tokens", self.tokens, ("all", "high-entropy", "clip-cov", "entropy-advantage")
+        )
+        for name in ("high_entropy_share", "clip_cov_share"):
+            share = getattr(self, name)
+            require(0 < share <= 1, f"credit.{name}={share} must be in (0, 1]")
+        require(
+            self.clip_cov_low <= self.clip_cov_high,
+            f"credit.clip_cov_low={self.clip_cov_low} must not exceed "
+            f"credit.clip_cov_high={self.clip_cov_high}",
+        )
+        require(
+            self.shaping_alpha >= 0,
+            f"credit.shaping_alpha={self.shaping_alpha} must not be negative",
+        )
+        require(
+            self.shaping_kappa > 1,
+            f"credit.shaping_kappa={self.shaping_kappa} must be greater than 1: an advantage must "
+            "keep its sign",
+        )
         require(
             0 <= self.entropy_momentum < 1,
             f"credit.entropy_momentum={self.entropy_momentum} must be in [0, 1)",
@@ -377,6 +420,11 @@ class LossConfig:
     sequence-mask 1.05)."""
     optimizer_steps: int = 1
     """Optimizer steps per rollout batch: whole trajectories are cut into this many parts."""
+    scoring: bool = True
+    """Score the batch (forward only) before training on it. false saves that pass, about one of
+    four forward-equivalents of a step (backward counts as two); the old log-prob is then the
+    current one, which is exact for a single optimizer step. The weights know the region entropies
+    up to the step before (in the first step none: all regions count as equally uncertain)."""
 
     def __post_init__(self) -> None:
         one_of("loss.policy", self.policy, ("ppo", "gspo", "cispo", "reinforce"))
@@ -394,6 +442,16 @@ class LossConfig:
         require(
             self.optimizer_steps >= 1,
             f"loss.optimizer_steps={self.optimizer_steps} must be at least 1",
+        )
+        require(
+            self.scoring or self.optimizer_steps == 1 or self.old_logprobs == "rollout",
+            f"loss.scoring=false with loss.optimizer_steps={self.optimizer_steps} has no old "
+            "log-probs: set loss.scoring=true, loss.optimizer_steps=1 or loss.old_logprobs=rollout",
+        )
+        require(
+            self.scoring or self.correction == "none",
+            f"loss.correction={self.correction} is decided before the training pass, by the scores "
+            "that loss.scoring=false leaves out: set loss.scoring=true or loss.correction=none",
         )
 
     def _check_correction(self) -> None:
@@ -558,6 +616,11 @@ class RunConfig:
             f"packing.tokens={self.packing.tokens}: "
             "a trajectory must fit into one micro-batch; raise packing.tokens or lower "
             "rollout.max_tokens",
+        )
+        require(
+            self.loss.scoring or self.credit.tokens == "all",
+            f"credit.tokens={self.credit.tokens} chooses by the scores of the batch, which "
+            "loss.scoring=false leaves out: set loss.scoring=true or credit.tokens=all",
         )
         require(
             self.optimizer.name != "muon" or self.model.dtype == "fp32",

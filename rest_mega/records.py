@@ -18,7 +18,7 @@ A worked example, two assistant turns with one tool call between them:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,6 +155,27 @@ class Microbatch:
     advantages_T: Floats
     logprobs_T: Floats
     """Rollout log-prob of the target token."""
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """The trained tokens whose log-probs this rank computes, as known before an optimizer step;
+    none on ranks without the LM head."""
+
+    ids_R: Ints
+    positions_R: Ints
+    """Position of the prediction inside its own sample."""
+    rollout_R: Floats
+    """Rollout log-prob."""
+    logprob_R: Floats
+    """Of the scoring pass, as is the entropy; both empty when there was none."""
+    entropy_R: Floats
+    advantages_R: Floats
+    weights_R: Floats
+
+
+Total = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
+"""Sum of an array over all ranks, each trained token counted once; all ranks call it together."""
 
 
 @dataclass(frozen=True)

@@ -113,22 +113,31 @@ def rollout_metrics(view: RolloutView) -> dict[str, tuple[float, float]]:
 
 
 def credit_metrics(
-    sums_K: Floats, counts_K: Floats, raw_K: Floats, running_K: Floats
+    sums_K: Floats,
+    counts_K: Floats,
+    pulls_K: Floats,
+    pulling_K: Floats,
+    raw_K: Floats,
+    running_K: Floats,
 ) -> dict[str, float]:
-    """Per region: share of the trained tokens, mean entropy of the step, weight; and the
-    variance-bound ratio."""
+    """Per region r: share of the trained tokens, mean entropy of the step, weight, and share of the
+    gradient sum_{t in r} |w_t A_t| / sum_t |w_t A_t| (`pulls_K`, after credit.tokens); the share of
+    trained tokens that have a gradient (`pulling_K`); the variance-bound ratio."""
     trained = max(float(counts_K.sum()), 1.0)
     share_K = counts_K / trained
     mean = max(float((share_K * raw_K).sum()), 1e-12)
+    pulled = max(float(pulls_K.sum()), 1e-12)
     metrics = {
         "tokens/trained": float(counts_K.sum()),
         "entropy/policy": float(sums_K.sum()) / trained,
+        "credit/tokens_with_gradient": float(pulling_K.sum()) / trained,
     }
     for region in Region:
         if counts_K[region] > 0:
             metrics[f"share/{region.name}"] = float(share_K[region])
             metrics[f"entropy/{region.name}"] = float(sums_K[region] / counts_K[region])
             metrics[f"weight/{region.name}"] = float(raw_K[region]) / mean
+            metrics[f"gradient/{region.name}"] = float(pulls_K[region]) / pulled
     if counts_K.sum() > 0:
         metrics["credit/variance_bound_ratio"] = credit.variance_bound_ratio(running_K, share_K)
     return metrics

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from rest_mega.assemble import open_session, read_inputs
 from rest_mega.config import RunConfig
 from rest_mega.credit import weights as credit
+from rest_mega.credit.advantages import token_rule
 from rest_mega.credit.assign import assign
 from rest_mega.credit.entropy import EntropyTracker
 from rest_mega.data.prompts import PromptStream
@@ -23,8 +22,7 @@ from rest_mega.trainer.exchange import share_samples
 
 def read(config: RunConfig) -> Inputs:
     """Everything that the run reads, checked before the ranks meet."""
-    no_entropy_K = np.zeros(len(Region), dtype=np.float32)
-    credit.region_weights(config.credit, no_entropy_K, progress=0.0, step=1)  # checks its ranges
+    credit.settle(config.credit)
     return read_inputs(config, "train")
 
 
@@ -86,21 +84,23 @@ class Loop:
         with s.reporter.phase("score"):
             parts = s.trainer.pack(samples, config.loss.optimizer_steps)
             scores = s.trainer.score(parts)
-            sums_K, counts_K = s.trainer.region_sums(parts, scores, len(Region))
-            self.entropy.update(sums_K, counts_K)
-        progress = step / config.run.steps
-        raw_K = credit.region_weights(
-            config.credit, self.entropy.means_K, progress=progress, step=step
-        )
+            scored = s.trainer.region_sums(parts, scores, len(Region))
+            self.entropy.update(*scored)
+        progress, running_K = step / config.run.steps, self.entropy.means_K
+        raw_K = credit.region_weights(config.credit, running_K, progress=progress, step=step)
         weights = [
             [credit.normalise(raw_K, b.regions_T, b.mask_T, b.sample_T) for b in part]
             for part in parts
         ]
+        rule = token_rule(config.credit, step)
+        parts = s.trainer.scale_advantages(parts, scores, weights, rule)
         with s.reporter.phase("train"):
             results = [s.trainer.step(*part) for part in zip(parts, scores, weights, strict=True)]
-        metrics = step_metrics(results) | credit_metrics(
-            sums_K, counts_K, raw_K, self.entropy.means_K
-        )
+        seen = s.trainer.region_sums(parts, scores, len(Region))
+        # What only the training pass has seen (loss.scoring=false) is for the next step.
+        self.entropy.update(seen[0] - scored[0], seen[1] - scored[1])
+        pulls = s.trainer.pull_sums(parts, weights, len(Region))
+        metrics = step_metrics(results) | credit_metrics(*seen, *pulls, raw_K, running_K)
         metrics |= self.place.merge(rollout_metrics(view))
         self.step = step
         s.reporter.step(

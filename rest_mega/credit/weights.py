@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -56,6 +56,46 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 the constants of the authors' code, zero outside their regions. uniform: plain GRPO."""
 
 
+def settle(config: CreditConfig) -> Preset:
+    """The preset with the values that the config sets; ConfigError where they do not fit each
+    other.
+
+    Whoever starts a run calls it before the ranks meet.
+    """
+    one_of("credit.preset", config.preset, PRESETS)
+    own = {
+        name: getattr(config, name) for name in ("rule", "tau", "entropy_floor", "w_min", "w_max")
+    }
+    settled = replace(
+        PRESETS[config.preset], **{name: value for name, value in own.items() if value is not None}
+    )
+    one_of("credit.rule", settled.rule, RULES)
+    require(
+        settled.tau >= 0,
+        f"credit.tau={settled.tau} must not be negative; 0 switches the entropy rule off",
+    )
+    require(
+        settled.tau == 0 or settled.entropy_floor > 0,
+        f"credit.entropy_floor={settled.entropy_floor} must be positive where "
+        f"credit.tau={settled.tau} is: "
+        "a region without entropy would get an infinite weight; try 0.05",
+    )
+    require(
+        0 <= settled.w_min <= settled.w_max,
+        f"credit.w_min={settled.w_min} and credit.w_max={settled.w_max} must satisfy 0 <= w_min "
+        "<= w_max",
+    )
+    require(settled.w_max > 0, "credit.w_max=0.0 must be positive: no token would be trained")
+    with np.errstate(over="ignore", divide="ignore"):
+        heaviest = float(informed(np.zeros(1, dtype=np.float32), settled)[0])
+    require(
+        math.isfinite(heaviest),
+        f"credit.entropy_floor={settled.entropy_floor} with credit.tau={settled.tau} gives a "
+        "region without entropy an infinite weight; try 0.05",
+    )
+    return settled
+
+
 def region_weights(
     config: CreditConfig, entropy_K: Floats, *, progress: float, step: int
 ) -> Floats:
@@ -63,11 +103,9 @@ def region_weights(
     for OBSERVATION.
 
     `entropy_K` in nats; `progress` = nu in [0, 1]; `step` counts from 1. What `config` sets stands
-    in for the preset's own value. Raises ConfigError on an unknown preset and on values out of
-    range.
+    in for the preset's own value. Raises ConfigError as `settle` does.
     """
-    one_of("credit.preset", config.preset, PRESETS)
-    preset = _settle(config, PRESETS[config.preset])
+    preset = settle(config)
     kappa_K = prior(config.preset, progress, step)
     raw_K: Floats = np.clip(
         kappa_K * informed(entropy_K, preset), preset.w_min, preset.w_max
@@ -121,34 +159,3 @@ def variance_bound_ratio(entropy_K: Floats, share_K: Floats) -> float:
         return 0.0
     ratio = float(1.0 / ((part_K / beta_K).sum() * (part_K * beta_K).sum()))
     return min(ratio, 1.0)  # equal entropies may round to a hair more
-
-
-def _settle(config: CreditConfig, preset: Preset) -> Preset:
-    """The preset with the values that the config sets."""
-
-    def either(own: float | None, default: float) -> float:
-        return default if own is None else own
-
-    settled = Preset(
-        rule=preset.rule,
-        tau=either(config.tau, preset.tau),
-        entropy_floor=either(config.entropy_floor, preset.entropy_floor),
-        w_min=either(config.w_min, preset.w_min),
-        w_max=either(config.w_max, preset.w_max),
-    )
-    require(
-        settled.tau >= 0,
-        f"credit.tau={settled.tau} must not be negative; 0 switches the entropy rule off",
-    )
-    require(
-        settled.tau == 0 or settled.entropy_floor > 0,
-        f"credit.entropy_floor={settled.entropy_floor} must be positive where "
-        f"credit.tau={settled.tau} is: "
-        "a region without entropy would get an infinite weight; try 0.05",
-    )
-    require(
-        0 <= settled.w_min <= settled.w_max,
-        f"credit.w_min={settled.w_min} and credit.w_max={settled.w_max} must satisfy 0 <= w_min "
-        "<= w_max",
-    )
-    return settled

@@ -3,11 +3,10 @@ optimizer."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from rest_mega.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
 from rest_mega.losses import correction, objective
 from rest_mega.losses.policy import Sequences
-from rest_mega.records import Floats, Microbatch, Sample, StepResult
+from rest_mega.records import Floats, Ints, Microbatch, Sample, StepResult, Total, TrainedRows
 from rest_mega.trainer import model as models
 from rest_mega.trainer import optimizer as optimizers
 from rest_mega.trainer import packing
@@ -26,8 +25,8 @@ from rest_mega.trainer.parallel import Parallel
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-prob and entropy of one micro-batch's trained rows; empty on ranks without the LM
-    head."""
+    """Log-prob and entropy of one micro-batch's trained rows; empty on ranks without the LM head,
+    and where they are not known yet."""
 
     logprob_R: Floats
     entropy_R: Floats
@@ -41,6 +40,7 @@ class Rows:
     """This context rank's part."""
     sequences: Sequences
     old_logprob_R: torch.Tensor
+    """The engine's until the trainer's are known."""
     advantages_R: torch.Tensor
     weights_R: torch.Tensor
     """Token weight x factor of the aggregation x correction."""
@@ -125,16 +125,17 @@ class Trainer:
 
     def score(self, parts: Sequence[Sequence[Microbatch]]) -> list[list[Scores]]:
         """Log-prob and full-vocabulary entropy of every trained token under the current
-        parameters."""
-        scores = [self._score(batches) for batches in parts]
-        return scores
+        parameters; with `loss.scoring=false` empty ones, which `step` fills in."""
+        return [self._score(batches) for batches in parts]
 
     def _score(self, batches: Sequence[Microbatch]) -> list[Scores]:
         empty = np.empty(0, dtype=np.float32)
         scores = [Scores(empty, empty)] * len(batches)
+        if not self._loss.scoring:
+            return scores
 
         def keep(index: int, logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> None:
-            scores[index] = Scores(logprob_R.float().cpu().numpy(), entropy_R.float().cpu().numpy())
+            scores[index] = _scores(logprob_R, entropy_R)
 
         for chunk in self.chunks:
             chunk.eval()
@@ -151,24 +152,87 @@ class Trainer:
         regions: int,
     ) -> tuple[Any, Any]:
         """(sum_K of entropies, count_K) per region id 0..regions-1 over the global batch, on every
-        rank."""
+        rank; tokens without scores yet are left out."""
         sums = np.zeros((2, regions))
-        if self.parallel.counts_tokens:
-            for batches, rows in zip(parts, scores, strict=True):
-                for batch, row in zip(self._local(batches), rows, strict=True):
+        for batches, rows in zip(parts, scores, strict=True):
+            for batch, row in zip(self._local(batches), rows, strict=True):
+                if len(row.entropy_R):
                     found = batch.regions_T[batch.mask_T]
                     sums[0] += np.bincount(found, weights=row.entropy_R, minlength=regions)
                     sums[1] += np.bincount(found, minlength=regions)
-        total = self.parallel.sum(sums)
+        total = self._total(sums)
         return total[0], total[1]
+
+    def pull_sums(
+        self,
+        parts: Sequence[Sequence[Microbatch]],
+        weights: Sequence[Sequence[Floats]],
+        regions: int,
+    ) -> tuple[Any, Any]:
+        """(sum_K of |weight x advantage|, number_K of tokens where it is not 0) per region id over
+        the global batch, on every rank."""
+        sums = np.zeros((2, regions))
+        for batch, weights_T in _pairs(parts, weights):
+            at_R = self._held(batch)
+            found, pull_R = batch.regions_T[at_R], abs(weights_T[at_R] * batch.advantages_T[at_R])
+            sums[0] += np.bincount(found, weights=pull_R, minlength=regions)
+            sums[1] += np.bincount(found, weights=pull_R > 0, minlength=regions)
+        total = self._total(sums)
+        return total[0], total[1]
+
+    def scale_advantages(
+        self,
+        parts: Sequence[Sequence[Microbatch]],
+        scores: Sequence[Sequence[Scores]],
+        weights: Sequence[Sequence[Floats]],
+        factor: Callable[[TrainedRows, Total], Floats],
+    ) -> list[list[Microbatch]]:
+        """`parts` with every trained token's advantage times `factor(rows of all parts, total)`.
+
+        A context-parallel rank changes the tokens that it computes, a rank without the LM head
+        none: no other advantages are read. Tensor ranks have equal scores, so they decide alike.
+        """
+        found = [
+            (batch, self._held(batch), row, weights_T)
+            for (batch, weights_T), row in zip(
+                _pairs(parts, weights), itertools.chain.from_iterable(scores), strict=True
+            )
+        ]
+        columns = [
+            (b.targets_T[i], b.positions_T[i], b.logprobs_T[i], row.logprob_R, row.entropy_R,
+             b.advantages_T[i], w[i])
+            for b, i, row, w in found
+        ]  # fmt: skip
+        rows = TrainedRows(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+        cuts = np.cumsum([len(i) for _, i, _, _ in found])[:-1]
+        factors = np.split(factor(rows, self._total), cuts)
+        scaled = iter(
+            _with_advantages(b, i, factor_R)
+            for (b, i, _, _), factor_R in zip(found, factors, strict=True)
+        )
+        return [list(itertools.islice(scaled, len(part))) for part in parts]
+
+    def _held(self, batch: Microbatch) -> Ints:
+        """Where in the whole micro-batch the rows are that this rank's LM head computes, in their
+        order; none without a head."""
+        if not self.parallel.is_last_stage:
+            return np.empty(0, dtype=np.int32)
+        numbered = replace(batch, positions_T=np.arange(len(batch.ids_T), dtype=np.int32))
+        local = local_part(numbered, self.parallel)
+        return local.positions_T[local.mask_T]
+
+    def _total(self, values: Any) -> Any:
+        """Sum over the ranks that hold distinct tokens: one tensor rank of one stage per token."""
+        return self.parallel.sum(values if self.parallel.counts_tokens else np.zeros_like(values))
 
     # ---------------------------------------------------------------- optimizer steps
 
     def step(
-        self, batches: Sequence[Microbatch], scores: Sequence[Scores], weights: Sequence[Floats]
+        self, batches: Sequence[Microbatch], scores: list[Scores], weights: Sequence[Floats]
     ) -> StepResult:
         """One policy-gradient step. `weights[m]` holds weights_T of micro-batch m (whole, before
-        any CP cut)."""
+        any CP cut). With `loss.scoring=false` it writes the scores of its own forward pass into
+        `scores`."""
         reports = Reports()
         rows = [self._rows(*one, reports) for one in zip(batches, scores, weights, strict=True)]
         totals, live = self._totals(rows)
@@ -179,6 +243,9 @@ class Trainer:
 
         def loss(index: int, logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> Any:
             row = rows[index]
+            if not self._loss.scoring:
+                scores[index] = _scores(logprob_R, entropy_R)
+                row = self._with_scores(row, scores[index], reports)
             return objective.policy_objective(
                 logprob_R,
                 entropy_R,
@@ -203,15 +270,19 @@ class Trainer:
         mask_T = batch.mask_T
         engine_R = self._tensor(batch.logprobs_T[mask_T])
         weights_R = self._tensor(self._local_array(whole, factors_T)[mask_T])
-        trainer_R, sequences = engine_R, self._sequences(whole, batch)
-        if self.parallel.is_last_stage:
-            trainer_R = self._tensor(scores.logprob_R)
-            factor_R, sums, maxima = correction.correct(trainer_R, engine_R, self._loss, sequences)
-            reports.add(torch.zeros(()), sums, maxima)
-            weights_R = weights_R * factor_R
-        old_R = engine_R if self._loss.old_logprobs == "rollout" else trainer_R
         advantages_R = self._tensor(batch.advantages_T[mask_T])
-        return Rows(batch, sequences, old_R, advantages_R, weights_R, totals)
+        sequences = self._sequences(whole, batch)
+        rows = Rows(batch, sequences, engine_R, advantages_R, weights_R, totals)
+        known = self.parallel.is_last_stage and self._loss.scoring
+        return self._with_scores(rows, scores, reports) if known else rows
+
+    def _with_scores(self, rows: Rows, scores: Scores, reports: Reports) -> Rows:
+        """`rows`, which hold the engine's log-probs, corrected for their gap to the trainer's."""
+        trainer_R, engine_R = self._tensor(scores.logprob_R), rows.old_logprob_R
+        factor_R, sums, maxima = correction.correct(trainer_R, engine_R, self._loss, rows.sequences)
+        reports.add(torch.zeros(()), sums, maxima)
+        old_R = engine_R if self._loss.old_logprobs == "rollout" else trainer_R
+        return replace(rows, old_logprob_R=old_R, weights_R=rows.weights_R * factor_R)
 
     def _sequences(self, whole: Microbatch, local: Microbatch) -> Sequences:
         """Where this rank's trained rows belong among the sequences of the whole micro-batch."""
@@ -226,7 +297,7 @@ class Trainer:
         if self.parallel.counts_tokens:
             mine[3] = sum(float(r.weights_R.double().sum()) for r in rows)
             if self.parallel.context_rank == 0:  # every context rank has the totals of whole ones
-                mine[:3] = np.sum([dataclasses.astuple(r.totals) for r in rows], axis=0)
+                mine[:3] = np.sum([astuple(r.totals) for r in rows], axis=0)
         weights, tokens, sequences, live = self.parallel.sum(mine).tolist()
         return objective.Totals(weights, tokens, sequences), live
 
@@ -260,14 +331,10 @@ class Trainer:
 
     def _local_array(self, batch: Microbatch, values_T: Floats) -> Floats:
         """`values_T` cut as the micro-batch itself is cut by context parallelism."""
-        return local_part(
-            dataclasses.replace(batch, advantages_T=values_T), self.parallel
-        ).advantages_T
+        return local_part(replace(batch, advantages_T=values_T), self.parallel).advantages_T
 
     def _global_sum(self, value: float) -> float:
-        """Sum over the ranks that hold distinct tokens: one tensor rank of one stage per token."""
-        mine = value if self.parallel.counts_tokens else 0.0
-        return float(self.parallel.sum(np.array([mine]))[0])
+        return float(self._total(np.array([value]))[0])
 
     def _step(
         self,
@@ -310,6 +377,23 @@ class Trainer:
             top = self.parallel.maximum(np.array(largest))
             metrics |= {n: float(v) for n, v in zip(maxima, top, strict=True)}
         return float(total[0]), {name: float(value) for name, value in metrics.items()}
+
+
+def _scores(logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> Scores:
+    return Scores(*(x.detach().float().cpu().numpy() for x in (logprob_R, entropy_R)))
+
+
+def _pairs(
+    parts: Sequence[Sequence[Microbatch]], weights: Sequence[Sequence[Floats]]
+) -> list[tuple[Microbatch, Floats]]:
+    """Every micro-batch of all parts with its weights_T."""
+    return [pair for part in zip(parts, weights, strict=True) for pair in zip(*part, strict=True)]
+
+
+def _with_advantages(batch: Microbatch, at_R: Ints, factor_R: Floats) -> Microbatch:
+    advantages_T = batch.advantages_T.copy()
+    advantages_T[at_R] *= factor_R
+    return replace(batch, advantages_T=advantages_T)
 
 
 __all__ = ["RowLoss", "Scores", "Trainer"]

@@ -213,6 +213,10 @@ def test_a_reward_that_nothing_registers(refuse: Refuse) -> None:
         (["credit.tau=-1"], "credit.tau=-1"),
         (["credit.entropy_floor=0"], "credit.entropy_floor=0"),
         (["credit.w_min=2", "credit.w_max=1"], "credit.w_min=2"),
+        (["credit.w_min=5"], "credit.w_max=4.0"),  # the preset's
+        (["credit.rule=entropie"], "nearest: entropy"),
+        (["credit.tokens=high-entropy", "loss.scoring=false"], "set loss.scoring=true"),
+        (["loss.scoring=false", "loss.optimizer_steps=2"], "loss.optimizer_steps=2"),
     ],
 )
 def test_credit_out_of_range(refuse: Refuse, words: list[str], part: str) -> None:

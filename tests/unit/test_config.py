@@ -189,6 +189,14 @@ BAD: list[tuple[str, Any, str]] = [
     ("sft.dialogues_per_step", 0, "at least 1"),
     ("evaluation.every", -1, "not be negative"),
     ("evaluation.prompts", 0, "at least 1"),
+    ("credit.rule", "entropie", "nearest: entropy"),
+    ("credit.tokens", "high_entropy", "nearest: high-entropy"),
+    ("credit.high_entropy_share", 0.0, "(0, 1]"),
+    ("credit.high_entropy_share", 1.5, "(0, 1]"),
+    ("credit.clip_cov_share", 0.0, "(0, 1]"),
+    ("credit.clip_cov_low", 6.0, "credit.clip_cov_high=5.0"),
+    ("credit.shaping_alpha", -0.1, "not be negative"),
+    ("credit.shaping_kappa", 1.0, "greater than 1"),
     ("telemetry.console", "loud", "plain"),
     ("telemetry.trajectories", -1, "not be negative"),
     ("run.device", "tpu", "cuda"),
@@ -225,6 +233,31 @@ def test_a_value_out_of_range_is_refused_with_key_value_and_rule(
 )
 def test_the_edges_of_a_range_belong_to_it(key: str, value: Any) -> None:
     assert build(key, value) == value
+
+
+def test_the_names_in_the_config_are_those_of_the_tables() -> None:
+    from rest_mega.credit.advantages import METHODS, TOKENS
+    from rest_mega.credit.weights import PRESETS, RULES
+
+    tables = {"preset": PRESETS, "rule": RULES, "tokens": TOKENS, "advantage": METHODS}
+    for key, table in tables.items():
+        for name in table:
+            assert build(f"credit.{key}", name) == name
+        assert f"choose one of {', '.join(table)}" in refused({"credit": {key: "other"}})
+
+
+def test_leaving_out_the_scoring_pass_is_refused_where_the_gradient_would_change() -> None:
+    loss = {"scoring": False, "optimizer_steps": 2}
+    assert "loss.optimizer_steps=2 has no old log-probs" in refused({"loss": loss})
+    RunConfig.from_dict({"loss": loss | {"old_logprobs": "rollout"}})
+    RunConfig.from_dict({"loss": {"scoring": False}})
+
+
+@pytest.mark.parametrize("tokens", ["high-entropy", "clip-cov", "entropy-advantage"])
+def test_credit_of_single_tokens_is_refused_without_their_scores(tokens: str) -> None:
+    message = refused({"loss": {"scoring": False}, "credit": {"tokens": tokens}})
+    assert f"credit.tokens={tokens}" in message
+    assert "set loss.scoring=true or credit.tokens=all" in message
 
 
 def test_muon_in_bf16_is_refused() -> None:

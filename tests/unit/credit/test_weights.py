@@ -22,6 +22,7 @@ from rest_mega.credit.weights import (
     informed,
     normalise,
     region_weights,
+    settle,
     variance_bound_ratio,
 )
 from rest_mega.dialects import Region
@@ -187,6 +188,24 @@ def test_uniform_weighs_all_alike_whatever_the_entropies(
     assert raw_K.tolist() == [float(region != Region.OBSERVATION) for region in Region]
 
 
+@FEW
+@given(entropy_K=ENTROPY_K, tau=st.floats(0.1, 1), preset=PRESET, floor=st.floats(0.01, 1))
+def test_the_rule_entropy_divides_by_the_entropy_itself(
+    entropy_K: np.ndarray, tau: float, preset: str, floor: float
+) -> None:
+    config = CreditConfig(preset, rule="entropy", tau=tau, entropy_floor=floor)
+    raw_K = region_weights(config, entropy_K, progress=0.5, step=3)
+    p, kappa_K = PRESETS[preset], prior(preset, 0.5, 3).astype(np.float64)
+    expected_K = np.clip(kappa_K / np.maximum(entropy_K, floor) ** tau, p.w_min, p.w_max)
+    expected_K[Region.OBSERVATION] = 0
+    assert raw_K == pytest.approx(expected_K, rel=1e-5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_without_values_of_its_own_the_config_is_the_preset(preset: str) -> None:
+    assert settle(CreditConfig(preset)) == PRESETS[preset]
+
+
 def test_presets_and_curricula_have_the_same_names() -> None:
     assert list(PRESETS) == list(CURRICULA)
 
@@ -198,11 +217,18 @@ def test_presets_and_curricula_have_the_same_names() -> None:
         ({"tau": 0.5, "entropy_floor": 0.0}, r"credit\.entropy_floor=0\.0 must be positive"),
         ({"w_min": -1.0}, r"0 <= w_min <= w_max"),
         ({"w_min": 2.0, "w_max": 1.0}, r"credit\.w_min=2\.0 and credit\.w_max=1\.0"),
+        # Each value is possible, but not together with what the preset has for the other.
+        ({"w_min": 5.0}, r"credit\.w_min=5\.0 and credit\.w_max=4\.0"),
+        ({"w_max": 0.1}, r"credit\.w_min=0\.25 and credit\.w_max=0\.1"),
+        ({"w_min": 0.0, "w_max": 0.0}, r"credit\.w_max=0\.0 must be positive"),
+        ({"tau": 2.0, "entropy_floor": 1e-30}, r"credit\.entropy_floor=1e-30 with .*infinite"),
     ],
 )
 def test_values_out_of_range_are_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         region_weights(CreditConfig(**values), np.ones(K), progress=0.0, step=1)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message):
+        settle(CreditConfig(**values))  # type: ignore[arg-type]
 
 
 def test_a_floor_of_zero_is_allowed_where_the_rule_is_off() -> None:
