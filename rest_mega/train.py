@@ -84,7 +84,7 @@ class Loop:
         with s.reporter.phase("score"):
             parts = s.trainer.pack(samples, config.loss.optimizer_steps)
             scores = s.trainer.score(parts)
-            scored = s.trainer.region_sums(parts, scores, len(Region))
+            scored = s.trainer.rows.region_sums(parts, scores, len(Region))
             self.entropy.update(*scored)
         progress, running_K = step / config.run.steps, self.entropy.means_K
         raw_K = credit.region_weights(config.credit, running_K, progress=progress, step=step)
@@ -93,13 +93,13 @@ class Loop:
             for part in parts
         ]
         rule = token_rule(config.credit, step)
-        parts = s.trainer.scale_advantages(parts, scores, weights, rule)
+        parts = s.trainer.rows.scale_advantages(parts, scores, weights, rule)
         with s.reporter.phase("train"):
             results = [s.trainer.step(*part) for part in zip(parts, scores, weights, strict=True)]
-        seen = s.trainer.region_sums(parts, scores, len(Region))
+        seen = s.trainer.rows.region_sums(parts, scores, len(Region))
         # What only the training pass has seen (loss.scoring=false) is for the next step.
         self.entropy.update(seen[0] - scored[0], seen[1] - scored[1])
-        pulls = s.trainer.pull_sums(parts, weights, len(Region))
+        pulls = s.trainer.rows.pull_sums(parts, weights, len(Region))
         metrics = step_metrics(results) | credit_metrics(*seen, *pulls, raw_K, running_K)
         metrics |= self.place.merge(rollout_metrics(view))
         self.step = step

@@ -15,21 +15,13 @@ import torch
 from rest_mega.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
 from rest_mega.losses import correction, objective
 from rest_mega.losses.policy import Sequences
-from rest_mega.records import Floats, Ints, Microbatch, Sample, StepResult, Total, TrainedRows
+from rest_mega.records import Floats, Microbatch, Sample, StepResult
 from rest_mega.trainer import model as models
 from rest_mega.trainer import optimizer as optimizers
 from rest_mega.trainer import packing
 from rest_mega.trainer.forward import RowLoss, Runner, local_part
+from rest_mega.trainer.global_rows import GlobalRows, Scores
 from rest_mega.trainer.parallel import Parallel
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Log-prob and entropy of one micro-batch's trained rows; empty on ranks without the LM head,
-    and where they are not known yet."""
-
-    logprob_R: Floats
-    entropy_R: Floats
 
 
 @dataclass(frozen=True)
@@ -85,6 +77,7 @@ class Trainer:
         """`total_steps`: optimizer steps of the whole run, for the schedules; `temperature`: of the
         rollouts."""
         self.architecture, self.parallel = architecture, parallel
+        self.rows = GlobalRows(parallel)
         self._optimizer_config, self._loss, self._packing = optimizer, loss, packing
         self._total_steps = max(1, total_steps)
         self._temperature = temperature
@@ -144,86 +137,6 @@ class Trainer:
 
     def _local(self, batches: Sequence[Microbatch]) -> list[Microbatch]:
         return [local_part(batch, self.parallel) for batch in batches]
-
-    def region_sums(
-        self,
-        parts: Sequence[Sequence[Microbatch]],
-        scores: Sequence[Sequence[Scores]],
-        regions: int,
-    ) -> tuple[Any, Any]:
-        """(sum_K of entropies, count_K) per region id 0..regions-1 over the global batch, on every
-        rank; tokens without scores yet are left out."""
-        sums = np.zeros((2, regions))
-        for batches, rows in zip(parts, scores, strict=True):
-            for batch, row in zip(self._local(batches), rows, strict=True):
-                if len(row.entropy_R):
-                    found = batch.regions_T[batch.mask_T]
-                    sums[0] += np.bincount(found, weights=row.entropy_R, minlength=regions)
-                    sums[1] += np.bincount(found, minlength=regions)
-        total = self._total(sums)
-        return total[0], total[1]
-
-    def pull_sums(
-        self,
-        parts: Sequence[Sequence[Microbatch]],
-        weights: Sequence[Sequence[Floats]],
-        regions: int,
-    ) -> tuple[Any, Any]:
-        """(sum_K of |weight x advantage|, number_K of tokens where it is not 0) per region id over
-        the global batch, on every rank."""
-        sums = np.zeros((2, regions))
-        for batch, weights_T in _pairs(parts, weights):
-            at_R = self._held(batch)
-            found, pull_R = batch.regions_T[at_R], abs(weights_T[at_R] * batch.advantages_T[at_R])
-            sums[0] += np.bincount(found, weights=pull_R, minlength=regions)
-            sums[1] += np.bincount(found, weights=pull_R > 0, minlength=regions)
-        total = self._total(sums)
-        return total[0], total[1]
-
-    def scale_advantages(
-        self,
-        parts: Sequence[Sequence[Microbatch]],
-        scores: Sequence[Sequence[Scores]],
-        weights: Sequence[Sequence[Floats]],
-        factor: Callable[[TrainedRows, Total], Floats],
-    ) -> list[list[Microbatch]]:
-        """`parts` with every trained token's advantage times `factor(rows of all parts, total)`.
-
-        A context-parallel rank changes the tokens that it computes, a rank without the LM head
-        none: no other advantages are read. Tensor ranks have equal scores, so they decide alike.
-        """
-        found = [
-            (batch, self._held(batch), row, weights_T)
-            for (batch, weights_T), row in zip(
-                _pairs(parts, weights), itertools.chain.from_iterable(scores), strict=True
-            )
-        ]
-        columns = [
-            (b.targets_T[i], b.positions_T[i], b.logprobs_T[i], row.logprob_R, row.entropy_R,
-             b.advantages_T[i], w[i])
-            for b, i, row, w in found
-        ]  # fmt: skip
-        rows = TrainedRows(*(np.concatenate(column) for column in zip(*columns, strict=True)))
-        cuts = np.cumsum([len(i) for _, i, _, _ in found])[:-1]
-        factors = np.split(factor(rows, self._total), cuts)
-        scaled = iter(
-            _with_advantages(b, i, factor_R)
-            for (b, i, _, _), factor_R in zip(found, factors, strict=True)
-        )
-        return [list(itertools.islice(scaled, len(part))) for part in parts]
-
-    def _held(self, batch: Microbatch) -> Ints:
-        """Where in the whole micro-batch the rows are that this rank's LM head computes, in their
-        order; none without a head."""
-        if not self.parallel.is_last_stage:
-            return np.empty(0, dtype=np.int32)
-        numbered = replace(batch, positions_T=np.arange(len(batch.ids_T), dtype=np.int32))
-        local = local_part(numbered, self.parallel)
-        return local.positions_T[local.mask_T]
-
-    def _total(self, values: Any) -> Any:
-        """Sum over the ranks that hold distinct tokens: one tensor rank of one stage per token."""
-        return self.parallel.sum(values if self.parallel.counts_tokens else np.zeros_like(values))
 
     # ---------------------------------------------------------------- optimizer steps
 
@@ -307,7 +220,8 @@ class Trainer:
     def supervised_step(self, batches: Sequence[Microbatch]) -> StepResult:
         """One step of next-token cross-entropy on the trained tokens."""
         local = self._local(batches)
-        denominator = self._global_sum(sum(float(b.mask_T.sum()) for b in local))
+        tokens = sum(float(b.mask_T.sum()) for b in local)
+        denominator = float(self.rows.total(np.array([tokens]))[0])
 
         def loss(index: int, logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> Any:
             return objective.supervised_objective(
@@ -332,9 +246,6 @@ class Trainer:
     def _local_array(self, batch: Microbatch, values_T: Floats) -> Floats:
         """`values_T` cut as the micro-batch itself is cut by context parallelism."""
         return local_part(replace(batch, advantages_T=values_T), self.parallel).advantages_T
-
-    def _global_sum(self, value: float) -> float:
-        return float(self._total(np.array([value]))[0])
 
     def _step(
         self,
@@ -381,19 +292,6 @@ class Trainer:
 
 def _scores(logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> Scores:
     return Scores(*(x.detach().float().cpu().numpy() for x in (logprob_R, entropy_R)))
-
-
-def _pairs(
-    parts: Sequence[Sequence[Microbatch]], weights: Sequence[Sequence[Floats]]
-) -> list[tuple[Microbatch, Floats]]:
-    """Every micro-batch of all parts with its weights_T."""
-    return [pair for part in zip(parts, weights, strict=True) for pair in zip(*part, strict=True)]
-
-
-def _with_advantages(batch: Microbatch, at_R: Ints, factor_R: Floats) -> Microbatch:
-    advantages_T = batch.advantages_T.copy()
-    advantages_T[at_R] *= factor_R
-    return replace(batch, advantages_T=advantages_T)
 
 
 __all__ = ["RowLoss", "Scores", "Trainer"]

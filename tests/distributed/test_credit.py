@@ -64,8 +64,8 @@ class Step:
             "loss": result.loss,
             "norm": result.grad_norm,
             "metrics": dict(result.metrics),
-            "pulls": trainer.pull_sums(parts, self.weights, REGIONS),
-            "sums": trainer.region_sums(parts, self.scores, REGIONS),
+            "pulls": trainer.rows.pull_sums(parts, self.weights, REGIONS),
+            "sums": trainer.rows.region_sums(parts, self.scores, REGIONS),
             "gradients": {n: t.float().numpy() for n, t in exporter.stream()},
         }
 
@@ -90,7 +90,7 @@ def _by_rule(case: Any, sizes: dict[str, int]) -> dict[str, Any]:
     for name, config in RULES.items():
         step = Step(bench)
         rule = token_rule(config, 5)
-        scaled = step.trainer.scale_advantages(step.parts, step.scores, step.weights, rule)
+        scaled = step.trainer.rows.scale_advantages(step.parts, step.scores, step.weights, rule)
         answer[name] = step.take(scaled)
     return answer
 
@@ -164,7 +164,7 @@ def _with_and_without(case: Any, sizes: dict[str, int]) -> Any:
     bench, answer = Bench(case, **sizes), []
     for loss in (LossConfig(), NO_SCORING):
         step = Step(bench, loss=loss)
-        before = step.trainer.region_sums(step.parts, step.scores, REGIONS)
+        before = step.trainer.rows.region_sums(step.parts, step.scores, REGIONS)
         answer.append((before, step.take(step.parts)))
     return answer
 

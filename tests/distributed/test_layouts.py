@@ -62,7 +62,7 @@ def one_step(
     )
     parts = trainer.pack(permuted[place.data_rank :: place.data_size])
     scores = trainer.score(parts)
-    sums_K, counts_K = trainer.region_sums(parts, scores, REGIONS)
+    sums_K, counts_K = trainer.rows.region_sums(parts, scores, REGIONS)
     weights = [WEIGHT_OF_REGION[b.regions_T] for b in parts[0]]
     result = trainer.step(parts[0], scores[0], weights)
     answer = {

@@ -105,7 +105,7 @@ def _short_of_samples(case: Any, mine: list[list[int]]) -> Any:
     trainer, samples = bench.trainer(tokens=64), random_samples()
     chosen = [samples[i] for i in mine[bench.place.data_rank]]
     parts = trainer.pack(chosen)
-    sums = trainer.region_sums(parts, trainer.score(parts), 4)
+    sums = trainer.rows.region_sums(parts, trainer.score(parts), 4)
     result = bench.step(trainer, chosen)
     return len(parts[0]), sums, dataclasses.asdict(result), parameters(trainer)
 

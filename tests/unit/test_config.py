@@ -251,6 +251,8 @@ def test_leaving_out_the_scoring_pass_is_refused_where_the_gradient_would_change
     assert "loss.optimizer_steps=2 has no old log-probs" in refused({"loss": loss})
     RunConfig.from_dict({"loss": loss | {"old_logprobs": "rollout"}})
     RunConfig.from_dict({"loss": {"scoring": False}})
+    corrected = refused({"loss": {"scoring": False, "correction": "tis"}})
+    assert "set loss.scoring=true or loss.correction=none" in corrected
 
 
 @pytest.mark.parametrize("tokens", ["high-entropy", "clip-cov", "entropy-advantage"])

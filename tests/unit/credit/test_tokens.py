@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rest_mega.config import ConfigError, CreditConfig, LossConfig
 from rest_mega.credit.advantages import TOKENS, kth_largest, lots, ordered, token_rule
-from rest_mega.losses.policy import SURROGATES
+from rest_mega.losses.policy import SURROGATES, Sequences
 from rest_mega.records import Total, TrainedRows
 
 FEW = settings(max_examples=30, deadline=None)
@@ -187,7 +187,8 @@ def test_a_factor_on_the_advantage_scales_the_surrogate_and_not_its_clipping(pol
     old, new, advantage = (torch.from_numpy(rng.normal(size=200)) for _ in range(3))
     factor = torch.from_numpy(rng.random(200) + 0.1)
     surrogate, config = SURROGATES[policy], LossConfig()
-    loss, clipped = surrogate(new, old, advantage, config)
-    scaled, still_clipped = surrogate(new, old, factor * advantage, config)
+    sequences = Sequences(torch.arange(200) % 7, torch.bincount(torch.arange(200) % 7))
+    loss, clipped = surrogate(new, old, advantage, config, sequences)
+    scaled, still_clipped = surrogate(new, old, factor * advantage, config, sequences)
     torch.testing.assert_close(scaled, factor * loss)
     assert torch.equal(still_clipped, clipped)

@@ -1,0 +1,125 @@
+"""Sums over the trained rows of the global batch, and what single rows change by them; the rows
+themselves stay on the ranks that have the LM head."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rest_mega.records import Floats, Ints, Microbatch, Total, TrainedRows
+from rest_mega.trainer.forward import local_part
+from rest_mega.trainer.parallel import Parallel
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-prob and entropy of one micro-batch's trained rows; empty on ranks without the LM head,
+    and where they are not known yet."""
+
+    logprob_R: Floats
+    entropy_R: Floats
+
+
+class GlobalRows:
+    """The trained rows of all replicas; every method is called by all ranks together."""
+
+    def __init__(self, parallel: Parallel) -> None:
+        self._parallel = parallel
+
+    def region_sums(
+        self,
+        parts: Sequence[Sequence[Microbatch]],
+        scores: Sequence[Sequence[Scores]],
+        regions: int,
+    ) -> tuple[Any, Any]:
+        """(sum_K of entropies, count_K) per region id 0..regions-1 over the global batch, on every
+        rank; tokens without scores yet are left out."""
+        sums = np.zeros((2, regions))
+        for batches, rows in zip(parts, scores, strict=True):
+            for whole, row in zip(batches, rows, strict=True):
+                batch = local_part(whole, self._parallel)
+                if len(row.entropy_R):
+                    found = batch.regions_T[batch.mask_T]
+                    sums[0] += np.bincount(found, weights=row.entropy_R, minlength=regions)
+                    sums[1] += np.bincount(found, minlength=regions)
+        total = self.total(sums)
+        return total[0], total[1]
+
+    def pull_sums(
+        self,
+        parts: Sequence[Sequence[Microbatch]],
+        weights: Sequence[Sequence[Floats]],
+        regions: int,
+    ) -> tuple[Any, Any]:
+        """(sum_K of |weight x advantage|, number_K of tokens where it is not 0) per region id over
+        the global batch, on every rank."""
+        sums = np.zeros((2, regions))
+        for batch, weights_T in _pairs(parts, weights):
+            at_R = self._held(batch)
+            found, pull_R = batch.regions_T[at_R], abs(weights_T[at_R] * batch.advantages_T[at_R])
+            sums[0] += np.bincount(found, weights=pull_R, minlength=regions)
+            sums[1] += np.bincount(found, weights=pull_R > 0, minlength=regions)
+        total = self.total(sums)
+        return total[0], total[1]
+
+    def scale_advantages(
+        self,
+        parts: Sequence[Sequence[Microbatch]],
+        scores: Sequence[Sequence[Scores]],
+        weights: Sequence[Sequence[Floats]],
+        factor: Callable[[TrainedRows, Total], Floats],
+    ) -> list[list[Microbatch]]:
+        """`parts` with every trained token's advantage times `factor(rows of all parts, total)`.
+
+        A context-parallel rank changes the tokens that it computes, a rank without the LM head
+        none: no other advantages are read. Tensor ranks have equal scores, so they decide alike.
+        """
+        found = [
+            (batch, self._held(batch), row, weights_T)
+            for (batch, weights_T), row in zip(
+                _pairs(parts, weights), itertools.chain.from_iterable(scores), strict=True
+            )
+        ]
+        columns = [
+            (b.targets_T[i], b.positions_T[i], b.logprobs_T[i], row.logprob_R, row.entropy_R,
+             b.advantages_T[i], w[i])
+            for b, i, row, w in found
+        ]  # fmt: skip
+        rows = TrainedRows(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+        cuts = np.cumsum([len(i) for _, i, _, _ in found])[:-1]
+        factors = np.split(factor(rows, self.total), cuts)
+        scaled = iter(
+            _with_advantages(b, i, factor_R)
+            for (b, i, _, _), factor_R in zip(found, factors, strict=True)
+        )
+        return [list(itertools.islice(scaled, len(part))) for part in parts]
+
+    def _held(self, batch: Microbatch) -> Ints:
+        """Where in the whole micro-batch the rows are that this rank's LM head computes, in their
+        order; none without a head."""
+        if not self._parallel.is_last_stage:
+            return np.empty(0, dtype=np.int32)
+        numbered = replace(batch, positions_T=np.arange(len(batch.ids_T), dtype=np.int32))
+        local = local_part(numbered, self._parallel)
+        return local.positions_T[local.mask_T]
+
+    def total(self, values: Any) -> Any:
+        """Sum over the ranks that hold distinct tokens: one tensor rank of one stage per token."""
+        return self._parallel.sum(values if self._parallel.counts_tokens else np.zeros_like(values))
+
+
+def _pairs(
+    parts: Sequence[Sequence[Microbatch]], weights: Sequence[Sequence[Floats]]
+) -> list[tuple[Microbatch, Floats]]:
+    """Every micro-batch of all parts with its weights_T."""
+    return [pair for part in zip(parts, weights, strict=True) for pair in zip(*part, strict=True)]
+
+
+def _with_advantages(batch: Microbatch, at_R: Ints, factor_R: Floats) -> Microbatch:
+    advantages_T = batch.advantages_T.copy()
+    advantages_T[at_R] *= factor_R
+    return replace(batch, advantages_T=advantages_T)
