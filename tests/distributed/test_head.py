@@ -11,9 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.support.ranks import run_ranks
 from tests.unit.losses.test_head import (
     assert_same,
+    assert_same_rows,
     by_definition,
+    by_rows,
     exact_case,
     largest,
+    rows_by_definition,
     without_offset,
 )
 
@@ -112,3 +115,61 @@ def test_a_caller_that_sums_the_hidden_gradient_itself_saves_the_collective() ->
 def test_one_rank_alone_talks_to_nobody() -> None:
     (answer,) = run_ranks(_heads, 1, 1, True)
     assert [answer[name][1:] for name in CASES] == [([], [])] * len(CASES)
+
+
+def a_row_case(name: str, ranks: int) -> tuple[dict[str, torch.Tensor], list[int], int]:
+    """`a_case` with old log-probs of the size of the new ones."""
+    case, bounds, real = a_case(name, ranks)
+    case["d_entropy"] = case["d_entropy"] * 0.1 - 6.0
+    return case, bounds, real
+
+
+def _row_losses(ranks: int, reduce: bool) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    from rest_mega import launch
+
+    launch.keep_gloo_on_loopback()
+    me = launch.rank()
+    dist.init_process_group("gloo", launch.rendezvous(), rank=me, world_size=ranks)
+    answers = {}
+    for name in CASES:
+        case, bounds, real = a_row_case(name, ranks)
+        mine = case | {"weight": case["weight"][bounds[me] : bounds[me + 1]]}
+        with Collectives() as seen:
+            loss, tensors = by_rows(
+                mine, group=dist.group.WORLD, temperature=0.5, vocab_start=bounds[me],
+                vocab_size=real, reduce_hidden_grad=reduce, chunk_rows=8,
+            )  # fmt: skip
+        answers[name] = (loss, [t.numpy() for t in tensors], seen.seen)
+    dist.destroy_process_group()
+    return answers
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_gradient_taken_in_the_forward_pass_agrees_with_fp64_and_talks_once_a_chunk(
+    ranks: int,
+) -> None:
+    answers = run_ranks(_row_losses, ranks, ranks, True)
+    for name in CASES:
+        case, bounds, real = a_row_case(name, ranks)
+        loss, exact = rows_by_definition(case, temperature=0.5, vocab_size=real)
+        want = without_offset(exact)
+        for rank, answer in enumerate(answers):
+            got_loss, got, seen = answer[name]
+            logprob, entropy, d_hidden, d_weight = map(torch.from_numpy, got)
+            mine = want[3][bounds[rank] : bounds[rank + 1]]
+            assert largest(d_weight - mine) <= 1.2e-5 * largest(want[3]), (name, rank)
+            whole = without_offset((logprob, entropy, d_hidden, want[3]))
+            assert_same_rows((got_loss, whole), (loss, want))
+            assert seen == 3 * ["_allgather_base_"] + ["allreduce_"]  # 21 rows, 8 a chunk
+
+
+def test_a_caller_that_sums_the_hidden_gradient_of_a_row_loss_saves_the_collective() -> None:
+    answers = run_ranks(_row_losses, 2, 2, False)
+    for name in CASES:
+        case, _, real = a_row_case(name, 2)
+        want = rows_by_definition(case, temperature=0.5, vocab_size=real)[1][2][:, 1:]
+        first, second = (torch.from_numpy(answer[name][1][2])[:, 1:].double() for answer in answers)
+        assert largest(first + second - want) <= 1.2e-5 * largest(want), name
+        assert [answer[name][2] for answer in answers] == 2 * [3 * ["_allgather_base_"]]

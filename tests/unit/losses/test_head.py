@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from rest_mega.losses.head import ROW_TILE, VOCABULARY_TILE, linear_logprob_entropy
+from rest_mega.losses.head import (
+    ROW_CHUNK,
+    ROW_TILE,
+    VOCABULARY_TILE,
+    linear_logprob_entropy,
+    linear_row_loss,
+)
 
 Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """logprob_R, entropy_R, d_hidden_RD, d_weight_VD"""
@@ -150,15 +157,24 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> No
         by_the_head(case, temperature=temperature)
 
 
-def peak_bytes(rows: int, vocab: int) -> int:
+def general_form(case: dict[str, torch.Tensor]) -> None:
+    hidden, weight = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
+    logprob, entropy = linear_logprob_entropy(hidden, weight, case["targets"])
+    (logprob.sum() + entropy.sum()).backward()
+
+
+def gradient_in_forward(case: dict[str, torch.Tensor]) -> None:
+    hidden, weight = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
+    linear_row_loss(hidden, weight, case["targets"], lambda lp, _: (lp, lp.sign()))[0].backward()
+
+
+def peak_bytes(run: Callable[[dict[str, torch.Tensor]], None], rows: int, vocab: int) -> int:
     """Most bytes alive at once that forward and backward allocate, the two gradients excepted."""
     case = exact_case(rows, vocab, dim=8)
-    hidden, weight = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
     with profile(
         activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profiler:
-        logprob, entropy = linear_logprob_entropy(hidden, weight, case["targets"])
-        (logprob.sum() + entropy.sum()).backward()
+        run(case)
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     alive = peak = 0
     for event in sorted(
@@ -166,7 +182,7 @@ def peak_bytes(rows: int, vocab: int) -> int:
     ):
         alive += event.nbytes()
         peak = max(peak, alive)
-    return peak - hidden.nbytes - weight.nbytes
+    return peak - case["hidden"].nbytes - case["weight"].nbytes
 
 
 def test_two_tiles_of_logits_are_alive_whatever_the_rows_and_the_vocabulary() -> None:
@@ -174,4 +190,159 @@ def test_two_tiles_of_logits_are_alive_whatever_the_rows_and_the_vocabulary() ->
     sizes = [(ROW_TILE, VOCABULARY_TILE), (ROW_TILE, 4 * VOCABULARY_TILE), (3 * ROW_TILE, 4096)]
     for rows, vocab in sizes:
         rest = 64 * rows + 2**20  # a dozen numbers a row, and copies of a tile's inputs
-        assert tiles <= peak_bytes(rows, vocab) <= tiles + rest
+        assert tiles <= peak_bytes(general_form, rows, vocab) <= tiles + rest
+
+
+def surrogate(
+    case: dict[str, torch.Tensor], logprob: torch.Tensor, rows: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A PPO-like row loss, a * e^(logp - old), and its slope; `d_logprob` is the advantage."""
+    ratio = torch.exp(logprob - case["d_entropy"][rows].to(logprob.dtype))
+    loss = case["d_logprob"][rows].to(logprob.dtype) * ratio
+    return loss, loss
+
+
+def by_rows(case: dict[str, torch.Tensor], **settings: Any) -> tuple[float, Answer]:
+    """The loss and what the form with its gradient in the forward pass answers."""
+    hidden, weight = (case[k].clone().requires_grad_() for k in ("hidden", "weight"))
+    loss, logprob, entropy = linear_row_loss(
+        hidden, weight, case["targets"], lambda lp, rows: surrogate(case, lp, rows), **settings
+    )
+    (3 * loss).backward()
+    assert not logprob.requires_grad
+    assert not entropy.requires_grad
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return float(loss), (logprob, entropy, hidden.grad, weight.grad)
+
+
+def rows_by_definition(
+    case: dict[str, torch.Tensor], temperature: float = 1.0, vocab_size: int | None = None
+) -> tuple[float, Answer]:
+    """The same by autograd through the fp64 softmax."""
+    hidden, weight = (case[k].double().requires_grad_() for k in ("hidden", "weight"))
+    logprobs = torch.log_softmax((hidden @ weight[:vocab_size].T) / temperature, dim=-1)
+    logprob = logprobs.gather(1, case["targets"][:, None])[:, 0]
+    loss = surrogate(case, logprob, slice(None))[0].sum()
+    (3 * loss).backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return float(loss), (logprob.detach(), entropy.detach(), hidden.grad, weight.grad)
+
+
+def likely_case(rows: int, vocab: int, offset: float = 0.0) -> dict[str, torch.Tensor]:
+    """An exact case whose old log-probs are near the new ones, as in training."""
+    case = exact_case(rows, vocab, offset=offset)
+    logprobs = torch.log_softmax(case["hidden"].double() @ case["weight"].double().T, dim=-1)
+    chosen = logprobs.gather(1, case["targets"][:, None])[:, 0].float()
+    return case | {"d_entropy": chosen + 0.1 * case["d_entropy"]}
+
+
+def assert_same_rows(got: tuple[float, Answer], want: tuple[float, Answer]) -> None:
+    assert got[0] == pytest.approx(want[0], abs=2e-4, rel=2e-5)
+    # the ratio carries the error of the log-prob, relatively: 1e-5 of every gradient
+    assert_same(got[1], want[1], gradient=1.2e-5)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 8, 37, 100])
+@pytest.mark.parametrize("vocab", [1, 129, VOCABULARY_TILE + 1, 5003])
+def test_a_gradient_taken_in_the_forward_pass_is_that_of_the_loss(
+    vocab: int, chunk_rows: int
+) -> None:
+    case = likely_case(rows=37, vocab=vocab)
+    assert_same_rows(by_rows(case, chunk_rows=chunk_rows), rows_by_definition(case))
+
+
+def test_a_gradient_taken_in_the_forward_pass_knows_the_temperature() -> None:
+    case = likely_case(rows=15, vocab=300)
+    assert_same_rows(by_rows(case, temperature=1.5), rows_by_definition(case, temperature=1.5))
+
+
+def by_linear_rows(case: dict[str, torch.Tensor], **settings: Any) -> Answer:
+    """The form with its gradient in the forward pass, under the loss sum of d_logprob * logprob."""
+    hidden, weight = (case[k].clone().requires_grad_() for k in ("hidden", "weight"))
+    g = case["d_logprob"]
+    loss, logprob, entropy = linear_row_loss(
+        hidden, weight, case["targets"], lambda lp, rows: (lp * g[rows], g[rows]), **settings
+    )
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return logprob, entropy, hidden.grad, weight.grad
+
+
+def test_a_linear_row_loss_has_the_gradients_of_the_general_form() -> None:
+    case = exact_case(rows=40, vocab=5003) | {"d_entropy": torch.zeros(40)}
+    got = by_linear_rows(case, chunk_rows=16)
+    assert_same(got, by_definition(case))
+    torch.testing.assert_close(got[:2], by_the_head(case)[:2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [-500.0, 500.0])
+def test_an_offset_of_all_logits_changes_no_row_loss(offset: float) -> None:
+    case = likely_case(rows=24, vocab=2 * VOCABULARY_TILE + 7, offset=offset)
+    got, want = by_rows(case), rows_by_definition(case)
+    assert_same_rows((got[0], without_offset(got[1])), (want[0], without_offset(want[1])))
+
+
+@pytest.mark.parametrize("lead", [8.0, 150.0])
+def test_a_maximum_in_the_last_tile_takes_the_mass_of_the_first_ones(lead: float) -> None:
+    case = exact_case(rows=11, vocab=2 * VOCABULARY_TILE + 1) | {"d_entropy": torch.zeros(11)}
+    case["hidden"][:, 1], case["weight"][-1, 1] = 1.0, lead  # e^-150 is below fp32
+    assert_same(by_linear_rows(case), by_definition(case))
+
+
+@pytest.mark.parametrize("real", [1, 100, 255, 256])
+def test_padding_of_the_vocabulary_has_no_part_in_a_row_loss(real: int) -> None:
+    case = exact_case(rows=9, vocab=256) | {"d_entropy": torch.full((9,), -5.0)}
+    case["targets"] %= real
+    case["weight"][real:] = 1e4
+    got = by_rows(case, vocab_size=real, chunk_rows=4)
+    assert_same_rows(got, rows_by_definition(case, vocab_size=real))
+    assert largest(torch.cat([got[1][3][real:], torch.zeros(1, 16)])) == 0
+
+
+def test_no_rows_have_no_loss_and_a_zero_that_backward_can_walk() -> None:
+    loss, (logprob, entropy, d_hidden, d_weight) = by_rows(exact_case(rows=0, vocab=50))
+    assert loss == 0
+    assert logprob.shape == entropy.shape == (0,)
+    assert d_hidden.shape == (0, 16)
+    torch.testing.assert_close(d_weight, torch.zeros(50, 16))
+
+
+def test_gradients_of_bf16_inputs_taken_in_the_forward_pass_are_rounded_once() -> None:
+    case = likely_case(rows=33, vocab=700)
+    low = case | {k: case[k].bfloat16() for k in ("hidden", "weight")}
+    got, want = by_rows(low, chunk_rows=10)[1], by_rows(case, chunk_rows=10)[1]
+    torch.testing.assert_close(got[:2], want[:2], rtol=0, atol=1e-6)
+    for ours, exact in zip(got[2:], want[2:], strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert torch.equal(ours, exact.bfloat16())
+
+
+def test_a_second_backward_through_a_row_loss_is_refused() -> None:
+    case = exact_case(rows=3, vocab=20)
+    hidden = case["hidden"].clone().requires_grad_()
+    loss = linear_row_loss(hidden, case["weight"], case["targets"], lambda lp, _: (lp, lp.sign()))
+    loss[0].backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss[0].backward()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_row_loss_refuses_a_temperature_that_is_not_positive(temperature: float) -> None:
+    with pytest.raises(ValueError, match=f"temperature={temperature} must be positive"):
+        by_rows(exact_case(rows=2, vocab=5), temperature=temperature)
+
+
+def test_a_chunk_without_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="chunk_rows=-1 must be at least 1"):
+        by_rows(exact_case(rows=2, vocab=5), chunk_rows=-1)
+
+
+def test_a_row_loss_holds_one_chunk_of_logits_whatever_the_rows() -> None:
+    for rows, vocab in ((ROW_CHUNK, 4096), (4 * ROW_CHUNK, 4096), (2 * ROW_CHUNK, 8192)):
+        chunk = 4 * ROW_CHUNK * (vocab + VOCABULARY_TILE)  # and the tile that fills it
+        rest = 128 * rows + 2**20
+        assert chunk <= peak_bytes(gradient_in_forward, rows, vocab) <= chunk + rest
