@@ -63,7 +63,9 @@ _MCORE_MODULES = (
     "transformer.moe.moe_utils",
     "dist_checkpointing",
     "dist_checkpointing.serialization",
+    "dist_checkpointing.strategies.async_utils",
     "dist_checkpointing.strategies.filesystem_async",
+    "dist_checkpointing.strategies.state_dict_saver",
     "dist_checkpointing.strategies.torch",
     "optimizer_param_scheduler",
 )
