@@ -19,7 +19,7 @@ from rest_mega.records import Microbatch
 from rest_mega.trainer.model import head_weight
 from rest_mega.trainer.parallel import Parallel
 
-RowLoss = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+MicrobatchLoss = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """(index of the micro-batch, logprob_R, entropy_R) -> scalar, already divided by the global
 denominator."""
 
@@ -76,7 +76,7 @@ class Runner:
     vocab_size: int
     temperature: float
 
-    def train(self, batches: Sequence[Microbatch], loss: RowLoss) -> None:
+    def train(self, batches: Sequence[Microbatch], loss: MicrobatchLoss) -> None:
         """Forward and backward of all micro-batches, gradients reduced and ready for the
         optimizer."""
         self._schedule(batches, loss, forward_only=False)
@@ -95,7 +95,7 @@ class Runner:
         self._schedule(batches, loss, forward_only=True)
 
     def _schedule(
-        self, batches: Sequence[Microbatch], loss: RowLoss, *, forward_only: bool
+        self, batches: Sequence[Microbatch], loss: MicrobatchLoss, *, forward_only: bool
     ) -> None:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -120,7 +120,7 @@ class Runner:
         )
 
     def _loss(
-        self, index: int, batch: Microbatch, hidden: torch.Tensor, chunk: Any, loss: RowLoss
+        self, index: int, batch: Microbatch, hidden: torch.Tensor, chunk: Any, loss: MicrobatchLoss
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
         """mcore's (loss, tokens, report): zero tokens keep mcore from dividing, the loss has its
         denominator."""

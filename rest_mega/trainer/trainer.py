@@ -19,7 +19,7 @@ from rest_mega.records import Floats, Microbatch, Sample, StepResult
 from rest_mega.trainer import model as models
 from rest_mega.trainer import optimizer as optimizers
 from rest_mega.trainer import packing
-from rest_mega.trainer.forward import RowLoss, Runner, local_part
+from rest_mega.trainer.forward import Runner, local_part
 from rest_mega.trainer.global_rows import GlobalRows, Scores
 from rest_mega.trainer.parallel import Parallel
 
@@ -294,4 +294,4 @@ def _scores(logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> Scores:
     return Scores(*(x.detach().float().cpu().numpy() for x in (logprob_R, entropy_R)))
 
 
-__all__ = ["RowLoss", "Scores", "Trainer"]
+__all__ = ["Scores", "Trainer"]
