@@ -74,7 +74,8 @@ class Session:
         count = sum(math.prod(hf_shape(name, a)) for name in hf_names(a))
         size = f"{count / 1e6:.1f} M" if count < 1e9 else f"{count / 1e9:.1f} B"
         layout = f"TP {sizes.tensor} x PP {sizes.pipeline} x CP {sizes.context}"
-        todo = f"steps {step + 1} to {run.steps}" if step < run.steps else f"all {step} steps done"
+        last = run.last_step
+        todo = f"steps {step + 1} to {last}" if step < last else f"all {step} steps done"
         self.reporter.event(
             "start",
             f"{self.verb}: {size} parameters from {self.config.model.path}, {layout} x DP "
@@ -163,7 +164,7 @@ class Session:
         return 0
 
     def _due(self, every: int, step: int) -> bool:
-        return step == self.config.run.steps or (every > 0 and step > 0 and step % every == 0)
+        return step == self.config.run.last_step or (every > 0 and step > 0 and step % every == 0)
 
     def close(self) -> None:
         """End the engine, the reporter and the process groups."""

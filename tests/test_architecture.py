@@ -37,7 +37,8 @@ ARROWS: dict[str, set[str]] = {
 }
 """Room -> the rooms it may import besides itself and the ground; downwards only."""
 TOP = {
-    "__main__", "assemble", "cli", "evaluate", "session", "sft", "step_metrics", "stop", "train",
+    "__main__", "assemble", "cli", "dump", "evaluate", "guard", "rollout_step", "session", "sft",
+    "step_metrics", "stop", "train",
 }  # fmt: skip
 """Modules that put rooms together; no room imports them."""
 PURE = ("data", "dialects", "environments", "rewards", "credit", "losses")

@@ -85,9 +85,11 @@ class Parallel:
         batch."""
         return self.is_last_stage and self.tensor_rank == 0
 
-    def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Element-wise sum over all ranks (float64)."""
-        return self._reduce(values, dist.ReduceOp.SUM)
+    def sum(
+        self, values: npt.NDArray[np.float64], group: dist.ProcessGroup | None = None
+    ) -> npt.NDArray[np.float64]:
+        """Element-wise sum over the ranks of `group` (default: all ranks; float64)."""
+        return self._reduce(values, dist.ReduceOp.SUM, group)
 
     def sum_one(self, value: float) -> float:
         """Sum of one number over all ranks."""
@@ -97,9 +99,11 @@ class Parallel:
         """Element-wise maximum over all ranks (float64)."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
-    def _reduce(self, values: npt.NDArray[np.float64], op: Any) -> npt.NDArray[np.float64]:
+    def _reduce(
+        self, values: npt.NDArray[np.float64], op: Any, group: dist.ProcessGroup | None = None
+    ) -> npt.NDArray[np.float64]:
         tensor = torch.from_numpy(np.array(values, dtype=np.float64))
-        dist.all_reduce(tensor, op=op, group=self.control)
+        dist.all_reduce(tensor, op=op, group=group or self.control)
         return tensor.numpy()
 
     def share(self, arrays: Arrays | None) -> dict[str, npt.NDArray[Any]]:
