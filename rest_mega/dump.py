@@ -33,6 +33,7 @@ from rest_mega.rollout.replay_engine import recorded_row
 from rest_mega.rollout_step import Rollout, RolloutView, rollout_seed
 from rest_mega.session import Session
 from rest_mega.trainer.global_rows import ScoredRows, Scores
+from rest_mega.trainer.parallel import Parallel
 
 
 def end_run(
@@ -77,7 +78,7 @@ def write_dump(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     s.place.barrier()
-    trainer = trainer_logprobs(s, rollout.samples, scored)
+    trainer = trainer_logprobs(s.place, rollout.samples, scored)
     worst = _worst(s, rollout, trainer)
     if s.place.is_lead:
         _write_replica(s, partial, rollout, trainer)
@@ -103,15 +104,17 @@ def _folder(s: Session, step: int) -> Path:
     return Path(s.place.gather_text(str(folder))[0])
 
 
-def trainer_logprobs(s: Session, samples: Sequence[Sample], scored: ScoredRows) -> list[Floats]:
+def trainer_logprobs(
+    place: Parallel, samples: Sequence[Sample], scored: ScoredRows
+) -> list[Floats]:
     """The trainer's log-prob of every token of the samples, NaN where it was not trained, on every
     rank of the replica. Collective."""
     lengths = [len(sample.ids_T) for sample in samples]
     starts_S = np.cumsum([0, *lengths])
     whole_T = np.zeros(int(starts_S[-1]))
-    if s.place.counts_tokens:  # one rank per token; the others add zeros
+    if place.counts_tokens:  # one rank per token; the others add zeros
         whole_T[starts_S[scored.sample_R] + scored.token_R] = scored.trainer_R
-    summed_T = s.place.sum(whole_T, s.place.replica).astype(np.float32)
+    summed_T = place.sum_in_replica(whole_T).astype(np.float32)
     parts = np.split(summed_T, starts_S[1:-1])[: len(samples)]
     return [np.where(_trained(x), part, np.nan) for x, part in zip(samples, parts, strict=True)]
 

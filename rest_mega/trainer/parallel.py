@@ -85,11 +85,13 @@ class Parallel:
         batch."""
         return self.is_last_stage and self.tensor_rank == 0
 
-    def sum(
-        self, values: npt.NDArray[np.float64], group: dist.ProcessGroup | None = None
-    ) -> npt.NDArray[np.float64]:
-        """Element-wise sum over the ranks of `group` (default: all ranks; float64)."""
-        return self._reduce(values, dist.ReduceOp.SUM, group)
+    def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Element-wise sum over all ranks (float64)."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def sum_in_replica(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Element-wise sum over the ranks of this replica (float64)."""
+        return self._reduce(values, dist.ReduceOp.SUM, self.replica)
 
     def sum_one(self, value: float) -> float:
         """Sum of one number over all ranks."""

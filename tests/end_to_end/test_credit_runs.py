@@ -65,3 +65,18 @@ def test_high_entropy_trains_on_its_share_of_the_tokens(run: Run, tmp_path: Path
         assert row["credit/tokens_with_gradient"] * row["tokens/trained"] == pytest.approx(kept)
         shares = [value for name, value in row.items() if name.startswith("gradient/")]
         assert sum(shares) == pytest.approx(1)
+
+
+def test_with_resampling_a_run_that_was_stopped_is_the_same_as_one_that_was_not(
+    run: Run, tmp_path: Path
+) -> None:
+    words = ("credit.equal_groups=resample", "credit.advantage=reinforce++-baseline")
+    words += ("rewards.parts={success: 1}", "run.steps=2", "data.held_out=")
+    good(start(1, "train", run.config, *words, f"run.dir={tmp_path / 'whole'}"))
+    whole = run.measured(tmp_path / "whole")
+    assert sum(row["groups/resampled"] for row in whole) > 0
+    run.interrupt_once()
+    where = f"run.dir={tmp_path / 'stopped'}"
+    assert start(1, "train", run.config, *words, where)[0].code == 130
+    good(start(1, "train", run.config, *words, where))
+    assert run.measured(tmp_path / "stopped") == whole
