@@ -29,11 +29,8 @@ def run(config: RunConfig, inputs: Inputs) -> int:
     """Train with ResT until `run.steps`, from the newest checkpoint of the run directory; returns
     the exit code."""
     total = config.run.steps * config.loss.optimizer_steps
-    session = open_session(config, inputs, "train", total_steps=total, rollouts=True)
-    try:
+    with open_session(config, inputs, "train", total_steps=total, rollouts=True) as session:
         return Loop(session).run()
-    finally:
-        session.close()
 
 
 class Loop:
@@ -75,18 +72,18 @@ class Loop:
         step then not begun: a stop was asked for, or the guard found a mismatch."""
         s, config, step = self.s, self.config, self.step + 1
         cursor = self.stream.state()
-        with s.reporter.phase("rollout"):
+        with s.phase("rollout"):
             rollout = play_step(s, self.stream, step)
         if rollout is None:
             self.stream.load(cursor)
             return s.interrupt(self.step, **self._state())
-        with s.reporter.phase("score"):
+        with s.phase("score"):
             parts = s.trainer.pack(rollout.samples, config.loss.optimizer_steps)
             scores = s.trainer.score(parts)
-        gap, watched = guard.examine(s, step, rollout, parts, scores)
+            gap, watched = guard.examine(s, step, rollout, parts, scores)
         if gap.crossed(config.guard):
             self.stream.load(cursor)
-            s.save(self.step, **self._state())
+            s.keep(self.step, **self._state())
             return end_run(s, step, rollout, parts, scores, gap)
         scored = s.trainer.rows.region_sums(parts, scores, len(Region))
         self.entropy.update(*scored)
@@ -98,7 +95,7 @@ class Loop:
         ]
         rule = token_rule(config.credit, step)
         parts = s.trainer.rows.scale_advantages(parts, scores, weights, rule)
-        with s.reporter.phase("train"):
+        with s.phase("train"):
             results = [s.trainer.step(*part) for part in zip(parts, scores, weights, strict=True)]
         seen = s.trainer.rows.region_sums(parts, scores, len(Region))
         # What only the training pass has seen (loss.scoring=false) is for the next step.
