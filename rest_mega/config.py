@@ -54,7 +54,8 @@ class ModelConfig:
     on a GPU."""
     head: str = "auto"
     """What walks the LM head's logits: chunked (torch's matmuls, a tile at a time, any device),
-    triton (kernels for CUDA) or auto (triton on CUDA where it is installed, else chunked)."""
+    triton (kernels for CUDA) or auto (triton for bf16 on CUDA where it is installed, else
+    chunked)."""
     recompute: str = "none"
     """none, selective (attention) or full (every layer): activations recomputed in the backward
     pass."""

@@ -12,6 +12,7 @@ zero and are masked before the maximum is taken.
 """
 
 # No `from __future__ import annotations`: triton reads the annotations of its kernels.
+import functools
 import math
 from typing import Any
 
@@ -69,12 +70,12 @@ def _logits(
 @triton.jit
 def _statistics_kernel(
     hidden, weight, targets, stats,
-    rows, columns, dim, hidden_stride, weight_stride, scale, scale_log2e,
+    rows, columns, dim, hidden_stride, weight_stride, scale_log2e,
     SPLIT: tl.constexpr, GROUP: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """stats[split, 0..3, row] = maximum, log of the centred sum, entropy within the split, target
-    logit (0 when elsewhere)."""
+    """stats[split, 0..3, row] = maximum m, s = sum e^(z-m), c = sum e^(z-m) (z-m), target logit (0
+    when elsewhere); z in c without the temperature."""
     row_block, split = _place(
         tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.cdiv(columns, SPLIT), GROUP
     )
@@ -106,22 +107,21 @@ def _statistics_kernel(
         c = keep * (c + s * shift) + tl.sum(tl.where(real, e * z, 0.0), axis=1)
         s = keep * s + tl.sum(e, axis=1)
         m = higher
-    log_s = tl.log(s)
     out = stats + split.to(tl.int64) * 4 * rows + row
     tl.store(out, m, mask=row < rows)
-    tl.store(out + rows, log_s, mask=row < rows)
-    tl.store(out + 2 * rows, log_s - scale * c / s, mask=row < rows)
+    tl.store(out + rows, s, mask=row < rows)
+    tl.store(out + 2 * rows, c, mask=row < rows)
     tl.store(out + 3 * rows, t, mask=row < rows)
 
 
 @triton.jit
 def _gradient_kernel(
-    hidden, weight, targets, m_R, log_s_R, entropy_R, d_logprob_R, d_entropy_R, gradient,
-    rows, columns, dim, hidden_stride, weight_stride, scale, scale_log2e,
+    hidden, weight, targets, m_R, constant_R, linear_R, at_target_R, gradient,
+    rows, columns, dim, hidden_stride, weight_stride, scale_log2e,
     GROUP: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """gradient[row, column] = scale (g_l [j = y] - p_j (g_l + g_h (log p_j + H)))."""
+    """gradient[row, column] = e^(z-m) (constant + linear (z-m)) + at_target [j = y]."""
     row_block, tile = _place(
         tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.cdiv(columns, BLOCK_V), GROUP
     )
@@ -132,15 +132,12 @@ def _gradient_kernel(
         hidden, weight, near, tl.minimum(column, columns - 1), dim,
         hidden_stride, weight_stride, BLOCK_R, BLOCK_V, BLOCK_D, WIDEN,
     )
-    log_s, g_l = tl.load(log_s_R + near), tl.load(d_logprob_R + near)
-    k = -scale * tl.exp(-log_s)
-    linear = k * tl.load(d_entropy_R + near)
-    constant = k * g_l + linear * (tl.load(entropy_R + near) - log_s)
     z -= tl.load(m_R + near)[:, None]
-    g = tl.exp2(z * scale_log2e) * (constant[:, None] + (scale * linear)[:, None] * z)
+    constant, linear = tl.load(constant_R + near), tl.load(linear_R + near)
+    g = tl.exp2(z * scale_log2e) * (constant[:, None] + linear[:, None] * z)
     hit = column[None, :] == tl.load(targets + near)[:, None]
-    g += tl.where(hit, (scale * g_l)[:, None], 0.0)
-    out = gradient + row.to(tl.int64)[:, None] * columns + column[None, :]
+    g += tl.where(hit, tl.load(at_target_R + near)[:, None], 0.0)
+    out = gradient + (row[:, None] * columns + column[None, :])  # 32 bits: a slice is small
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(out, g.to(gradient.dtype.element_ty), mask=inside)
 
@@ -151,24 +148,30 @@ def _blocks(rows: int, columns: int, dim: int, warps: int, stages: int) -> trito
     return triton.Config(sizes, num_warps=warps, num_stages=stages)
 
 
-_COMPILED = [
-    _blocks(128, 256, 64, 8, 3),
-    _blocks(128, 128, 64, 8, 3),
-    _blocks(128, 128, 64, 4, 3),
-    _blocks(128, 128, 32, 8, 4),
-    _blocks(64, 128, 32, 4, 3),
-    _blocks(64, 64, 32, 4, 2),
-]
-"""The first is verl's tile; the second lets one block's exp2 overlap another's matmul on the same
-processor; the last ones are for fp32 and for small shared memory."""
+_CONFIGS = {
+    torch.bfloat16: [
+        _blocks(128, 256, 64, 8, 3),
+        _blocks(128, 128, 64, 8, 3),
+        _blocks(128, 128, 32, 8, 4),
+        _blocks(64, 128, 64, 4, 3),
+        _blocks(64, 128, 32, 4, 3),
+    ],
+    torch.float32: [_blocks(64, 64, 32, 4, 2), _blocks(64, 64, 16, 4, 3)],
+}
+"""Blocks to choose from. fp32 has no tensor cores that keep its digits: larger blocks of it do not
+fit the registers, and take a minute each to compile."""
 _INTERPRETED = [_blocks(64, 256, 64, 1, 1)]
 
 
-def _tuned(kernel: Any) -> Any:
-    """`kernel` with the fastest blocks for (hidden size, dtype), whatever the number of rows; a
+def _tuned(kernel: Any) -> dict[torch.dtype, Any]:
+    """dtype -> `kernel` with the fastest blocks for a hidden size, whatever the number of rows; a
     pick is kept in triton's cache on disk."""
-    configs = _COMPILED if is_compiled(kernel) else _INTERPRETED
-    return triton.autotune(configs=configs, key=["dim"], cache_results=True)(kernel)
+    tune = functools.partial(triton.autotune, key=["dim"], cache_results=True)
+    compiled = is_compiled(kernel)
+    return {
+        dtype: tune(configs=configs if compiled else _INTERPRETED)(kernel)
+        for dtype, configs in _CONFIGS.items()
+    }
 
 
 def is_compiled(kernel: Any = _statistics_kernel) -> bool:
@@ -198,12 +201,18 @@ def statistics(
     rows, columns = hidden_RD.shape[0], weight_VD.shape[0]
     splits = triton.cdiv(columns, SPLIT)
     stats_S4R = hidden_RD.new_empty(splits, 4, rows, dtype=torch.float32)
+
+    def grid(blocks: dict[str, int]) -> tuple[int]:
+        return (triton.cdiv(rows, blocks["BLOCK_R"]) * splits,)
+
     if stats_S4R.numel() > 0:
-        _statistics[lambda blocks: (triton.cdiv(rows, blocks["BLOCK_R"]) * splits,)](
+        _statistics[hidden_RD.dtype][grid](
             hidden_RD, weight_VD, local_targets_R, stats_S4R,
             *_sizes(hidden_RD, weight_VD, scale),
             SPLIT=SPLIT, GROUP=_GROUP, WIDEN=_widen(hidden_RD),
         )  # fmt: skip
+    stats_S4R[:, 2].div_(stats_S4R[:, 1]).mul_(-scale)
+    stats_S4R[:, 2].add_(stats_S4R[:, 1].log_())
     return stats_S4R, scale
 
 
@@ -226,13 +235,14 @@ def gradients(
     rows, columns = hidden_RD.shape[0], weight_VD.shape[0]
     d_hidden_RD = torch.zeros_like(hidden_RD, dtype=torch.float32)
     width = max(256, GRADIENT_BYTES // (hidden_RD.element_size() * max(1, rows)) // 256 * 256)
+    terms = _terms(*per_row, scale)
     dtype = torch.float32 if _widen(hidden_RD) else hidden_RD.dtype
     room = hidden_RD.new_empty(rows * min(width, columns), dtype=dtype)
     sums = d_hidden_RD.new_empty(min(width, columns), hidden_RD.shape[1])
     for start in range(0, columns, width):
         weight = weight_VD[start : start + width]
         g = room[: rows * len(weight)].view(rows, len(weight))
-        _store_gradient(g, hidden_RD, weight, local_targets_R - start, per_row, scale)
+        _store_gradient(g, hidden_RD, weight, local_targets_R - start, terms, scale)
         g = g.to(hidden_RD.dtype)
         add_product(d_hidden_RD, g, weight)
         part = d_weight_VD[start : start + width]
@@ -240,12 +250,28 @@ def gradients(
     return d_hidden_RD
 
 
+def _terms(
+    m_R: torch.Tensor,
+    log_s_R: torch.Tensor,
+    entropy_R: torch.Tensor,
+    d_logprob_R: torch.Tensor,
+    d_entropy_R: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """(m, constant, linear, at_target) per row, with which the gradient with respect to h W^T,
+    scale (g_l [j = y] - p_j (g_l + g_h (log p_j + H))), is what `_gradient_kernel` stores."""
+    k = -scale * (-log_s_R).exp()
+    linear = k * d_entropy_R
+    constant = k * d_logprob_R + linear * (entropy_R - log_s_R)
+    return m_R, constant, linear * scale, d_logprob_R * scale
+
+
 def _store_gradient(
     g: torch.Tensor,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
-    per_row: tuple[torch.Tensor, ...],
+    terms: tuple[torch.Tensor, ...],
     scale: float,
 ) -> None:
     if g.numel() == 0:
@@ -255,8 +281,8 @@ def _store_gradient(
     def grid(blocks: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(rows, blocks["BLOCK_R"]) * triton.cdiv(columns, blocks["BLOCK_V"]),)
 
-    _gradient[grid](
-        hidden, weight, targets, *(x.contiguous() for x in per_row), g,
+    _gradient[hidden.dtype][grid](
+        hidden, weight, targets, *terms, g,
         *_sizes(hidden, weight, scale), GROUP=_GROUP, WIDEN=_widen(hidden),
     )  # fmt: skip
 
@@ -264,7 +290,7 @@ def _store_gradient(
 def _sizes(hidden: torch.Tensor, weight: torch.Tensor, scale: float) -> tuple[int | float, ...]:
     """What both kernels know of their inputs."""
     (rows, dim), columns = hidden.shape, weight.shape[0]
-    return rows, columns, dim, hidden.stride(0), weight.stride(0), scale, scale * _LOG2E
+    return rows, columns, dim, hidden.stride(0), weight.stride(0), scale * _LOG2E
 
 
 def _widen(hidden: torch.Tensor) -> bool:

@@ -131,7 +131,8 @@ def _triton() -> ModuleType:
 
 FORMS: dict[str, Callable[[], ModuleType]] = {"chunked": _chunked, "triton": _triton}
 """Name -> what loads its `statistics` and `gradients`. chunked: torch's operations, any device and
-dtype; triton: kernels for a GPU, inputs both bf16 or both fp32."""
+dtype; triton: kernels for a GPU, inputs both bf16 or both fp32. auto takes them for bf16 alone: in
+fp32 cuBLAS is the faster (docs/design/0007)."""
 
 
 def check_form(name: str) -> None:
@@ -149,11 +150,12 @@ def _has_triton() -> bool:
 
 
 def _choose(form: str, hidden: torch.Tensor, weight: torch.Tensor) -> ModuleType:
-    """The module of `form`; auto: kernels where they can take the inputs."""
+    """The module of `form`."""
     one_of("form", form, ("auto", *FORMS))
     same = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float32)
     if form == "auto":
-        form = "triton" if hidden.is_cuda and same and _has_triton() else "chunked"
+        narrow = hidden.is_cuda and same and hidden.dtype == torch.bfloat16
+        form = "triton" if narrow and _has_triton() else "chunked"
     require(
         form != "triton" or same,
         f"form=triton takes inputs that are both bf16 or both fp32, not {hidden.dtype} and "
