@@ -235,7 +235,7 @@ def gradients(
     rows, columns = hidden_RD.shape[0], weight_VD.shape[0]
     d_hidden_RD = torch.zeros_like(hidden_RD, dtype=torch.float32)
     width = max(256, GRADIENT_BYTES // (hidden_RD.element_size() * max(1, rows)) // 256 * 256)
-    terms = _terms(*per_row, scale)
+    terms = _terms(per_row, scale)
     dtype = torch.float32 if _widen(hidden_RD) else hidden_RD.dtype
     room = hidden_RD.new_empty(rows * min(width, columns), dtype=dtype)
     sums = d_hidden_RD.new_empty(min(width, columns), hidden_RD.shape[1])
@@ -250,16 +250,10 @@ def gradients(
     return d_hidden_RD
 
 
-def _terms(
-    m_R: torch.Tensor,
-    log_s_R: torch.Tensor,
-    entropy_R: torch.Tensor,
-    d_logprob_R: torch.Tensor,
-    d_entropy_R: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, ...]:
+def _terms(per_row: tuple[torch.Tensor, ...], scale: float) -> tuple[torch.Tensor, ...]:
     """(m, constant, linear, at_target) per row, with which the gradient with respect to h W^T,
     scale (g_l [j = y] - p_j (g_l + g_h (log p_j + H))), is what `_gradient_kernel` stores."""
+    m_R, log_s_R, entropy_R, d_logprob_R, d_entropy_R = per_row
     k = -scale * (-log_s_R).exp()
     linear = k * d_entropy_R
     constant = k * d_logprob_R + linear * (entropy_R - log_s_R)
