@@ -26,7 +26,7 @@ SPLIT = 2048
 """Columns that one program walks: the partial sums of a row do not depend on how many rows, ranks
 or processors there are."""
 GRADIENT_BYTES = 64 * 2**20
-"""Room for the gradient of the logits of some columns, all rows."""
+"""Room for the gradient of the logits of some columns, all rows; and for that of their weights."""
 _GROUP = 16
 """Row blocks that run next to each other on the same columns, so that these stay in the L2
 cache."""
@@ -194,8 +194,13 @@ def statistics(
         local_targets_R: int64, column of this shard; outside [0, V): on another one.
 
     Raises:
-        ValueError: inputs on a CPU, but kernels that are compiled for a GPU.
+        ValueError: rows that are not contiguous; inputs on a CPU, but kernels compiled for a GPU.
     """
+    if (hidden_RD.stride(1), weight_VD.stride(1)) != (1, 1):
+        raise ValueError(
+            f"strides {hidden_RD.stride()} and {weight_VD.stride()}: the kernels take rows whose "
+            "numbers are next to each other; call contiguous() or use form=chunked"
+        )
     if is_compiled() and not hidden_RD.is_cuda:
         raise ValueError(f"the kernels take CUDA tensors, not {hidden_RD.device}: use form=chunked")
     rows, columns = hidden_RD.shape[0], weight_VD.shape[0]
@@ -234,7 +239,8 @@ def gradients(
     """
     rows, columns = hidden_RD.shape[0], weight_VD.shape[0]
     d_hidden_RD = torch.zeros_like(hidden_RD, dtype=torch.float32)
-    width = max(256, GRADIENT_BYTES // (hidden_RD.element_size() * max(1, rows)) // 256 * 256)
+    bytes_a_column = max(hidden_RD.element_size() * rows, 4 * hidden_RD.shape[1])
+    width = max(256, GRADIENT_BYTES // bytes_a_column // 256 * 256)
     terms = _terms(per_row, scale)
     dtype = torch.float32 if _widen(hidden_RD) else hidden_RD.dtype
     room = hidden_RD.new_empty(rows * min(width, columns), dtype=dtype)

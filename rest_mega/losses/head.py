@@ -63,14 +63,8 @@ def linear_logprob_entropy(
         ValueError: temperature not positive, or a form that is not known or cannot take the inputs.
     """
     scale, real = _scale(temperature), _real_rows(weight_VD.shape[0], vocab_start, vocab_size)
-    shard = (
-        vocab_start,
-        real,
-        scale,
-        group,
-        reduce_hidden_grad,
-        _choose(form, hidden_RD, weight_VD),
-    )
+    walk = _choose(form, hidden_RD, weight_VD)
+    shard = (vocab_start, real, scale, group, reduce_hidden_grad, walk)
     logprob_R, entropy_R = _Head.apply(hidden_RD, weight_VD, targets_R, shard)
     return logprob_R, entropy_R
 
@@ -131,8 +125,8 @@ def _triton() -> ModuleType:
 
 FORMS: dict[str, Callable[[], ModuleType]] = {"chunked": _chunked, "triton": _triton}
 """Name -> what loads its `statistics` and `gradients`. chunked: torch's operations, any device and
-dtype; triton: kernels for a GPU, inputs both bf16 or both fp32. auto takes them for bf16 alone: in
-fp32 cuBLAS is the faster (docs/design/0007)."""
+dtype; triton: kernels for a GPU, inputs both bf16 or both fp32. auto takes them for bf16 alone
+(docs/design/0007)."""
 
 
 def check_form(name: str) -> None:

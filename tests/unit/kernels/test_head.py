@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from rest_mega.losses.head import linear_logprob_entropy
 from tests.distributed.test_head import assert_agreed, head_answers
 from tests.support.ranks import run_ranks
 from tests.unit.losses.test_head import (
@@ -65,7 +66,7 @@ SINGLE: dict[str, tuple[Case, dict[str, Any]]] = {
 
 
 def _answers() -> tuple[dict[str, Any], str]:
-    """Every case by the kernels, and what is refused."""
+    """Every case by the kernels, and what two precisions are told."""
     from rest_mega.kernels import head
 
     assert not head.is_compiled()
@@ -77,6 +78,9 @@ def _answers() -> tuple[dict[str, Any], str]:
     mixed = SINGLE["bf16"][0] | {"hidden": exact_case(33, 700)["hidden"]}
     with pytest.raises(ValueError) as refused:
         by_the_head(mixed, form="triton")
+    turned = mixed | {"weight": torch.zeros(16, 700).T}
+    with pytest.raises(ValueError, match=r"\(16, 1\) and \(1, 700\).*call contiguous\(\)"):
+        linear_logprob_entropy(turned["hidden"], turned["weight"], turned["targets"], form="triton")
     return answers, str(refused.value)
 
 
