@@ -626,6 +626,11 @@ class LoopConfig:
     """Write checkpoints from a forked child while training goes on; false: training waits."""
     export: bool = True
     """Write the final weights as a Hugging Face checkpoint (RUN/hf)."""
+    export_every: int = 0
+    """Write a Hugging Face checkpoint after every this many steps too (RUN/hf_step_N); 0: none."""
+    max_nonfinite: int = 3
+    """So many steps in a row may have a loss or gradients that are not finite (they are not
+    applied, and their batch is kept in RUN/dumps); one more ends the run with exit code 4."""
     fresh: bool = False
     """Start anew, moving aside what the run directory holds; false: resume."""
 
@@ -636,7 +641,9 @@ class LoopConfig:
             self.until is None or 0 <= self.until <= self.steps,
             f"run.until={self.until} must be between 0 and run.steps={self.steps}",
         )
-        require(self.save_every >= 0, f"run.save_every={self.save_every} must not be negative")
+        for name in ("save_every", "export_every", "max_nonfinite"):
+            every = getattr(self, name)
+            require(every >= 0, f"run.{name}={every} must not be negative")
         require(
             self.keep_checkpoints >= 1,
             f"run.keep_checkpoints={self.keep_checkpoints} must be at least 1",

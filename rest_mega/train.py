@@ -14,6 +14,7 @@ from rest_mega.credit.entropy import EntropyTracker
 from rest_mega.data.prompts import PromptStream
 from rest_mega.dialects import Region
 from rest_mega.dump import end_run
+from rest_mega.nonfinite import NONFINITE, NonFinite
 from rest_mega.rollout_step import play_step
 from rest_mega.session import Inputs, Session
 from rest_mega.step_metrics import credit_metrics, report_rows, rollout_metrics, step_metrics
@@ -41,6 +42,7 @@ class Loop:
         self.s, self.config = session, config
         self.stream = PromptStream(session.inputs.train, config.run.seed)
         self.entropy = EntropyTracker(config.credit.entropy_momentum)
+        self.nonfinite = NonFinite(session)
         self.step = int(resumed.get("step", 0))
         if resumed:
             self.stream.load(resumed["prompts"])
@@ -107,4 +109,7 @@ class Loop:
         tokenizer, shown = s.inputs.tokenizer, config.telemetry.trajectories
         rows = report_rows(rollout.view, tokenizer, config.tokenizer.dialect, raw_K, shown)
         s.reporter.step(step, metrics, rows)
+        if self.nonfinite.too_many(step, rollout, parts, scores, results):
+            s.keep(step, **self._state())
+            return NONFINITE
         return None
