@@ -9,7 +9,7 @@ from rest_mega.assemble import open_session, read_inputs
 from rest_mega.config import RunConfig
 from rest_mega.credit import weights as credit
 from rest_mega.credit.advantages import token_rule
-from rest_mega.credit.assign import assign
+from rest_mega.credit.assign import assign, penalised
 from rest_mega.credit.entropy import EntropyTracker
 from rest_mega.data.prompts import PromptStream
 from rest_mega.dialects import Region
@@ -92,8 +92,15 @@ class Loop:
             [credit.normalise(raw_K, b.regions_T, b.mask_T, b.sample_T) for b in part]
             for part in parts
         ]
+        kl = {}
+        if config.credit.kl_reward:
+            estimator = config.credit.kl_reward_estimator
+            kl_S = s.trainer.rows.kl_of_samples(parts, scores, estimator, len(samples))
+            advantage_S = penalised(samples, config.credit.kl_reward * kl_S, config.credit)
+            parts = s.trainer.rows.with_advantages(parts, advantage_S)
+            kl = {"reward/kl": (float(kl_S.sum()), len(samples))} if self.place.is_lead else {}
         rule = token_rule(config.credit, step)
-        parts = s.trainer.rows.scale_advantages(parts, scores, weights, rule)
+        parts = s.trainer.rows.credit_tokens(parts, scores, weights, rule)
         with s.reporter.phase("train"):
             results = [s.trainer.step(*part) for part in zip(parts, scores, weights, strict=True)]
         seen = s.trainer.rows.region_sums(parts, scores, len(Region))
@@ -101,7 +108,7 @@ class Loop:
         self.entropy.update(seen[0] - scored[0], seen[1] - scored[1])
         pulls = s.trainer.rows.pull_sums(parts, weights, len(Region))
         metrics = step_metrics(results) | credit_metrics(*seen, *pulls, raw_K, running_K)
-        metrics |= self.place.merge(rollout_metrics(view))
+        metrics |= self.place.merge(rollout_metrics(view) | kl)
         self.step = step
         s.reporter.step(
             step, metrics, view.rows(s.inputs.tokenizer, raw_K, config.telemetry.trajectories)

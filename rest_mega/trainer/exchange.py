@@ -31,6 +31,8 @@ def _flatten(samples: Sequence[Sample]) -> dict[str, np.ndarray[Any, Any]]:
         "regions": np.concatenate([s.regions_T for s in samples]),
         "logprobs": np.concatenate([s.logprobs_T for s in samples]),
         "advantages": np.array([s.advantage for s in samples], dtype=np.float64),
+        "rewards": np.array([s.reward for s in samples], dtype=np.float64),
+        "groups": np.array([s.group for s in samples], dtype=np.int64),
     }
 
 
@@ -39,5 +41,5 @@ def _restore(arrays: dict[str, np.ndarray[Any, Any]]) -> list[Sample]:
     ids, mask, regions, logprobs = (
         np.split(arrays[name], cuts) for name in ("ids", "mask", "regions", "logprobs")
     )
-    columns = zip(ids, mask, regions, logprobs, arrays["advantages"], strict=True)
-    return [Sample(i, m, r, lp, float(a)) for i, m, r, lp, a in columns]
+    numbers = (arrays[name].tolist() for name in ("advantages", "rewards", "groups"))
+    return [Sample(*column) for column in zip(ids, mask, regions, logprobs, *numbers, strict=True)]
