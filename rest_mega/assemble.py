@@ -82,7 +82,7 @@ def read_inputs(config: RunConfig, verb: str) -> Inputs:
 def _reference(config: RunConfig, architecture: Architecture) -> Source:
     """The weights in `model.reference`; ConfigError unless they fit the policy's architecture."""
     path = config.model.reference
-    other = read_architecture(path)
+    other = read_architecture(path, "model.reference")
     sizes = [f.name for f in dataclasses.fields(Architecture) if f.name != "max_positions"]
     differing = [n for n in sizes if getattr(other, n) != getattr(architecture, n)]
     require(

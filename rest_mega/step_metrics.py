@@ -33,7 +33,8 @@ class RolloutView:
     step: int = 0
 
     def rows(self, tokenizer: Tokenizer, raw_K: Floats, count: int) -> list[dict[str, Any]]:
-        """At most `count` trajectories, whole groups first, as the report shows them."""
+        """At most `count` trajectories, whole groups first, as the report shows them; advantages
+        are the task's, before any credit.kl_reward."""
         if not self.groups:
             return []
         advantages_PG = advantages(self.rewards_PG, self.credit.advantage)

@@ -7,7 +7,7 @@ import pytest
 
 from rest_mega.config import CreditConfig
 from rest_mega.credit.advantages import advantages
-from rest_mega.credit.assign import assign
+from rest_mega.credit.assign import assign, penalised
 from rest_mega.credit.regions import tag_trajectory
 from rest_mega.records import Prompt, Trajectory, Turn
 
@@ -75,6 +75,31 @@ def test_a_permuted_group_has_permuted_samples() -> None:
         assert sample.advantage == pytest.approx(plain[n].advantage, rel=1e-6)
         assert np.array_equal(sample.ids_T, plain[n].ids_T)
         assert np.array_equal(sample.regions_T, plain[n].regions_T)
+
+
+@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "rloo"])
+def test_penalised_advantages_are_those_of_the_reduced_rewards_in_any_order(method: str) -> None:
+    config = CreditConfig(advantage=method)
+    kept, _ = assign(GROUPS, REWARDS_PG, config, "hermes", token_bytes)
+    samples = [sample for group in kept for sample in group]
+    plain = penalised(samples, np.zeros(6), config)
+    assert plain.tolist() == [sample.advantage for sample in samples]
+    penalty_S = np.array([0.3, 0.1, 0.0, 2.0, 0.5, 0.25])
+    want = advantages(REWARDS_PG[[0, 2]] - penalty_S.reshape(2, 3), method).ravel()
+    order = [4, 0, 3, 1, 5, 2]
+    got = penalised([samples[i] for i in order], penalty_S[order], config)
+    assert got == pytest.approx(want[order], rel=1e-6)
+
+
+def test_a_kept_group_of_equal_rewards_is_told_apart_by_its_penalties_alone() -> None:
+    config = CreditConfig(drop_equal_groups=False, advantage="dr_grpo")
+    kept, _ = assign(GROUPS, REWARDS_PG, config, "hermes", token_bytes)
+    got = penalised(kept[1], np.array([0.0, 0.3, 0.6]), config)
+    assert got == pytest.approx([0.3, 0.0, -0.3])
+
+
+def test_no_samples_have_no_penalised_advantages() -> None:
+    assert penalised([], np.zeros(0), CreditConfig()).tolist() == []
 
 
 def test_groups_of_one_are_kept_by_their_reward() -> None:
