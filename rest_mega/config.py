@@ -49,7 +49,8 @@ class ModelConfig:
     reference: str = ""
     """Folder of a Hugging Face checkpoint of the same architecture: the reference policy of
     loss.kl, credit.kl_reward and telemetry.reference_kl, read only where one of them is on; empty:
-    the weights the run started from. One more copy of this rank's parameters, in host memory."""
+    the weights the run started from. It takes one more copy of this rank's parameters in host
+    memory, and may change when a run resumes."""
     dtype: str = "fp32"
     """fp32 or bf16: the dtype of parameters and activations; gradients and optimizer state stay
     fp32."""
@@ -359,8 +360,9 @@ class CreditConfig:
     """Leave out groups whose rewards are all equal: they carry no signal."""
     kl_reward: float = 0.0
     """Before advantages, every trajectory's reward falls by this times its KL to the reference
-    policy (model.reference), summed over its trained tokens; 0: no such penalty. Groups that
-    drop_equal_groups leaves out stay out: it looks at the task's rewards."""
+    policy (model.reference), summed over its trained tokens as the scoring pass saw them; 0: no
+    such penalty. Groups that drop_equal_groups leaves out stay out: it looks at the task's
+    rewards."""
     kl_reward_estimator: str = "k1"
     """k1 (the log-ratio), k2 or k3; see rest_mega.losses.kl."""
 

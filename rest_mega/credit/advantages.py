@@ -40,6 +40,7 @@ Doubles = npt.NDArray[np.float64]
 Keys = npt.NDArray[np.uint32]
 TokenRule = Callable[[TrainedRows, Total], TokenCredit]
 """(the rows of this rank, sum over all ranks) -> what each of them is due."""
+_Rule = Callable[[CreditConfig, int, TrainedRows, Total], TokenCredit]
 
 
 def advantages(rewards_PG: Reals, method: str) -> Floats:
@@ -165,16 +166,14 @@ def _entropy_advantage(
     return _factors(1.0 + ratio_R)
 
 
-TOKENS: Mapping[str, Callable[[CreditConfig, int, TrainedRows, Total], TokenCredit]] = (
-    MappingProxyType(
-        {
-            "all": _all,
-            "high-entropy": _high_entropy,
-            "clip-cov": _clip_cov,
-            "kl-cov": _kl_cov,
-            "entropy-advantage": _entropy_advantage,
-        }
-    )
+TOKENS: Mapping[str, _Rule] = MappingProxyType(
+    {
+        "all": _all,
+        "high-entropy": _high_entropy,
+        "clip-cov": _clip_cov,
+        "kl-cov": _kl_cov,
+        "entropy-advantage": _entropy_advantage,
+    }
 )
 """Name -> what becomes of the rows; composes with every preset of weights."""
 

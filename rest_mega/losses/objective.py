@@ -37,8 +37,8 @@ Report = dict[str, torch.Tensor]
 POLICY_SUMS = ("surrogate", "clip_fraction", "ratio", "approx_kl", "entropy")
 """Names in the sums of `policy_objective`; each is a tensor [total, count] over trained rows."""
 REFERENCE_SUMS = ("reference_kl",)
-"""Names in the sums of `penalty_objective` where there is a reference: k3, the estimate of least
-variance, whichever the loss takes."""
+"""Names in the sums of `penalty_objective` where there is a reference: k3, which is never negative,
+whichever the loss takes."""
 
 
 @dataclass(frozen=True)
