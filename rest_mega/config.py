@@ -46,6 +46,11 @@ class ModelConfig:
     init: str = "load"
     """load: read the weights in `path`; random: take only its config.json and draw the weights from
     `run.seed`."""
+    reference: str = ""
+    """Folder of a Hugging Face checkpoint of the same architecture: the reference policy of
+    loss.kl, credit.kl_reward and telemetry.reference_kl, read only where one of them is on; empty:
+    the weights the run started from. It takes one more copy of this rank's parameters in host
+    memory, and may change when a run resumes."""
     dtype: str = "fp32"
     """fp32 or bf16: the dtype of parameters and activations; gradients and optimizer state stay
     fp32."""
@@ -302,6 +307,9 @@ class RewardConfig:
         )
 
 
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
 @dataclass(frozen=True)
 class CreditConfig:
     """ResT: what each token's gradient weighs, and the advantages of a group."""
@@ -323,7 +331,7 @@ class CreditConfig:
     """Running mean of the region entropies: share of the old value kept at each step."""
     tokens: str = "all"
     """What becomes of single tokens, besides their region's weight: all (nothing), high-entropy,
-    clip-cov or entropy-advantage; see rest_mega.credit.advantages.TOKENS."""
+    clip-cov, kl-cov or entropy-advantage; see rest_mega.credit.advantages.TOKENS."""
     high_entropy_share: float = 0.2
     """tokens=high-entropy: share of the global batch's weighted tokens that carry gradient, those
     of highest entropy (arXiv 2506.01939)."""
@@ -335,6 +343,11 @@ class CreditConfig:
     chosen."""
     clip_cov_high: float = 5.0
     """tokens=clip-cov: highest covariance of a token that may be chosen."""
+    kl_cov_share: float = 2e-3
+    """tokens=kl-cov: share of the global batch's weighted tokens that are penalised, those of
+    highest covariance of log-prob and advantage (arXiv 2505.22617)."""
+    kl_cov_coefficient: float = 1.0
+    """tokens=kl-cov: their penalty in the loss is this times |log pi - log pi_old|."""
     shaping_alpha: float = 0.4
     """tokens=entropy-advantage: advantage added per nat of a token's entropy (arXiv 2506.14758)."""
     shaping_kappa: float = 2.0
@@ -350,6 +363,12 @@ class CreditConfig:
     resample_rounds: int = 3
     """equal_groups=resample: rounds of further prompts at most; a round draws exactly as many as
     are missing, and a step that is still short after the last one trains on what it has."""
+    kl_reward: float = 0.0
+    """Before advantages, every trajectory's reward falls by this times its KL to the reference
+    policy (model.reference), summed over its trained tokens as the scoring pass saw them; 0: no
+    such penalty. Groups that equal_groups leaves out stay out: it looks at the task's rewards."""
+    kl_reward_estimator: str = "k1"
+    """k1 (the log-ratio), k2 or k3; see rest_mega.losses.kl."""
 
     def __post_init__(self) -> None:
         one_of("credit.preset", self.preset, ("rest", "rest-paper", "rest-code", "uniform"))
@@ -369,10 +388,13 @@ class CreditConfig:
         )
         if self.rule is not None:
             one_of("credit.rule", self.rule, ("one_minus_exp", "entropy"))
-        one_of(
-            "credit.tokens", self.tokens, ("all", "high-entropy", "clip-cov", "entropy-advantage")
-        )
-        for name in ("high_entropy_share", "clip_cov_share"):
+        tokens = ("all", "high-entropy", "clip-cov", "kl-cov", "entropy-advantage")
+        one_of("credit.tokens", self.tokens, tokens)
+        one_of("credit.kl_reward_estimator", self.kl_reward_estimator, KL_ESTIMATORS)
+        for name in ("kl_reward", "kl_cov_coefficient"):
+            value = getattr(self, name)
+            require(value >= 0, f"credit.{name}={value} must not be negative")
+        for name in ("high_entropy_share", "clip_cov_share", "kl_cov_share"):
             share = getattr(self, name)
             require(0 < share <= 1, f"credit.{name}={share} must be in (0, 1]")
         require(
@@ -403,8 +425,8 @@ CORRECTION_BANDS: Mapping[str, tuple[float, float]] = types.MappingProxyType(
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The surrogate, how its tokens are put together, and the correction for the engine's own
-    log-probs."""
+    """The surrogate, how its tokens are put together, the correction for the engine's own
+    log-probs, and the penalties beside the surrogate."""
 
     policy: str = "ppo"
     """ppo (clip; dual clip when dual_clip > 0), gspo (one ratio per trajectory, clipped), cispo
@@ -436,6 +458,15 @@ class LossConfig:
     correction_high: float | None = None
     """Upper end of the band, the cap of tis; null: the correction's own (tis 2, mis 5,
     sequence-mask 1.05)."""
+    kl: float = 0.0
+    """Coefficient of the KL to the reference policy (model.reference), a penalty on every trained
+    token alike, whatever its weight; 0: none."""
+    kl_estimator: str = "k3"
+    """k1, k2 or k3 (GRPO's). As a loss only k2 pulls as KL(policy||reference) does: k1's gradient
+    has mean zero, k3's is that of KL(reference||policy); see rest_mega.losses.kl."""
+    entropy_bonus: float = 0.0
+    """Coefficient of the trained tokens' full-vocabulary entropy (nats, at rollout.temperature),
+    which the loss falls by; every token counts once, whatever its weight."""
     optimizer_steps: int = 1
     """Optimizer steps per rollout batch: whole trajectories are cut into this many parts."""
     scoring: bool = True
@@ -457,6 +488,10 @@ class LossConfig:
         one_of("loss.aggregation", self.aggregation, aggregations)
         require(self.fixed_length >= 1, f"loss.fixed_length={self.fixed_length} must be at least 1")
         self._check_correction()
+        one_of("loss.kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        for name in ("kl", "entropy_bonus"):
+            value = getattr(self, name)
+            require(value >= 0, f"loss.{name}={value} must not be negative")
         require(
             self.optimizer_steps >= 1,
             f"loss.optimizer_steps={self.optimizer_steps} must be at least 1",
@@ -591,6 +626,9 @@ class TelemetryConfig:
     """Write TensorBoard event files into the run directory."""
     trajectories: int = 16
     """Trajectories kept per step for the report."""
+    reference_kl: bool = False
+    """Measure the KL to the reference policy also where no penalty needs it; a forward pass more
+    per step."""
     console: str = "auto"
     """bar: a live progress bar; plain: a line per step; auto: bar on a terminal."""
 
@@ -738,6 +776,20 @@ class RunConfig:
             "loss.scoring=false leaves out: set loss.scoring=true or credit.tokens=all",
         )
         require(
+            self.loss.scoring or self.credit.kl_reward == 0,
+            f"credit.kl_reward={self.credit.kl_reward} compares the scores of the batch with the "
+            "reference's, and loss.scoring=false leaves them out: set loss.scoring=true or "
+            "credit.kl_reward=0 (loss.kl needs no scores)",
+        )
+        require(
+            self.credit.tokens != "kl-cov"
+            or self.loss.optimizer_steps > 1
+            or self.loss.old_logprobs == "rollout",
+            "credit.tokens=kl-cov penalises what has moved since the scoring pass, and with "
+            "loss.optimizer_steps=1 nothing has: set loss.optimizer_steps above 1, "
+            "loss.old_logprobs=rollout or credit.tokens=all",
+        )
+        require(
             self.optimizer.name != "muon" or self.model.dtype == "fp32",
             f"optimizer.name=muon trains in fp32, not model.dtype={self.model.dtype}: set "
             "model.dtype=fp32 or another optimizer",
@@ -751,6 +803,11 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain nested dictionaries (JSON and YAML can hold it)."""
         return dataclasses.asdict(self)
+
+    @property
+    def needs_reference(self) -> bool:
+        """A penalty or a metric compares the policy with the reference policy."""
+        return self.loss.kl > 0 or self.credit.kl_reward > 0 or self.telemetry.reference_kl
 
     def check_world(self, world_size: int) -> None:
         """Raise ConfigError unless this config can run on `world_size` ranks."""

@@ -42,6 +42,8 @@ class Inputs:
     architecture: Architecture
     source: Source
     """The weights to start from."""
+    reference: Source | None
+    """Those of the reference policy; None where nothing is compared with it."""
     tokenizer: Tokenizer
     chat: ChatFormat
     rubric: Rubric
