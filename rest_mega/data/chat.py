@@ -46,7 +46,7 @@ class ChatFormat:
             not tools or self._shows_tools,
             f"the chat template ignores `tools`: the model is not told; {REMEDY}",
         )
-        return self.tokenizer.encode(self._render(messages, tools, header=True))
+        return self.tokenizer.encode(self.render(messages, tools, header=True))
 
     def tool_result_ids(self, results: Sequence[tuple[str, str]]) -> list[int]:
         """Ids between an assistant turn's end-of-turn token and the next assistant turn's first
@@ -55,7 +55,7 @@ class ChatFormat:
         `results`: (tool name, content) of every call, in order. Raises ConfigError where the
         template has no tool role.
         """
-        return self._delta([_tool_message(name, content) for name, content in results])
+        return self._delta([tool_message(name, content) for name, content in results])
 
     def dialogue_ids(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
@@ -73,14 +73,18 @@ class ChatFormat:
         mask = [False] * len(ids)
         for turn, previous in zip(turns, [None, *turns], strict=False):
             between = [] if previous is None else self._delta(messages[previous + 1 : turn])
-            reply = [*self._after_end(self._reply_text(messages[turn])), self._end_id]
+            reply = [*self._after_end(self.reply_text(messages[turn])), self._end_id]
             ids += between + reply
             mask += [False] * len(between) + [True] * len(reply)
         return ids, mask
 
-    def _render(
+    def render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, header: bool
     ) -> str:
+        """The template's text of a conversation; `header`: and of the next assistant turn's begin.
+
+        Raises ConfigError where the template refuses the messages.
+        """
         from jinja2 import TemplateError
         from transformers.utils import chat_template_utils
 
@@ -108,7 +112,7 @@ class ChatFormat:
     def _after_reply(self, messages: Sequence[Message], *, header: bool, **reply: Any) -> str:
         """What the template writes after the text of a reply that `messages` follow."""
         dummy = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY, **reply}]
-        _, found, rest = self._render([*dummy, *messages], header=header).partition(REPLY)
+        _, found, rest = self.render([*dummy, *messages], header=header).partition(REPLY)
         require(bool(found), f"the chat template drops the text of an assistant turn; {REMEDY}")
         return rest
 
@@ -133,7 +137,7 @@ class ChatFormat:
         assert ids[0] == self._end_id, (ids[0], self._end_id)
         return ids[1:]
 
-    def _reply_text(self, message: Message) -> str:
+    def reply_text(self, message: Message) -> str:
         """The reply's raw text: its content, then its structured calls as the template writes
         them."""
         content = str(message.get("content") or "")
@@ -168,14 +172,15 @@ class ChatFormat:
             "type": "function",
             "function": {"name": RESULT, "description": "", "parameters": {}},
         }
-        return RESULT in self._render([{"role": "user", "content": "?"}], [tool], header=True)
+        return RESULT in self.render([{"role": "user", "content": "?"}], [tool], header=True)
 
     @cached_property
     def _shows_results(self) -> bool:
-        return RESULT in self._after_reply([_tool_message("tool", RESULT)], header=True)
+        return RESULT in self._after_reply([tool_message("tool", RESULT)], header=True)
 
 
-def _tool_message(name: str, content: str) -> Message:
+def tool_message(name: str, content: str) -> Message:
+    """A tool's result as templates of every family take it."""
     # Mistral's templates demand an id of nine letters and digits.
     return {"role": "tool", "name": name, "tool_call_id": "call00000", "content": content}
 

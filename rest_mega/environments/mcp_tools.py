@@ -12,6 +12,7 @@ import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from rest_mega import launch
@@ -48,7 +49,7 @@ class McpServer:
         except Exception as error:
             self.close()
             raise ConfigError(
-                f"environment.mcp.{self.name}: {error}; run its command by hand, or look whether "
+                f"environment.mcp: {error}; run its command by hand, or look whether "
                 "its url answers"
             ) from error
         return {tool.name: McpTool(self, tool, self._config) for tool in found}
@@ -93,7 +94,7 @@ class McpServer:
         with self._lock:
             if self._connection is connection:
                 self._connection = None
-        connection.close()
+        connection.stop()
 
 
 class McpTool:
@@ -136,7 +137,9 @@ class _Connection:
             self._client = self._ready.result(START_S)
         except Exception as error:
             self.close()
-            raise ToolCrashError(f"no connection: {_innermost(error)}") from error
+            raise ToolCrashError(
+                f"MCP server {name}: no connection: {_innermost(error)}"
+            ) from error
 
     @property
     def alive(self) -> bool:
@@ -151,11 +154,15 @@ class _Connection:
             future.cancel()
             raise DeadlineError(f"no answer within {seconds:.3g} s") from None
 
-    def close(self) -> None:
-        """End the client in its own thread; waits a little, since a server may be slow to end."""
-        if self._thread.is_alive():
+    def stop(self) -> None:
+        """Tell the client to end, in its own thread."""
+        with suppress(RuntimeError):  # the loop has ended by itself
             self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(5)
+
+    def close(self) -> None:
+        """End the client; waits a little, since a server may be slow to end."""
+        self.stop()
+        self._thread.join(5)
 
     def _serve(self) -> None:
         try:
