@@ -138,14 +138,33 @@ class ChatFormat:
         return ids[1:]
 
     def reply_text(self, message: Message) -> str:
-        """The reply's raw text: its content, then its structured calls as the template writes
-        them."""
-        content = str(message.get("content") or "")
-        if not message.get("tool_calls"):
+        """The reply's raw text: its content, then its structured calls as the template writes them.
+
+        Raises ConfigError where the template has no way of writing both.
+        """
+        content, calls = str(message.get("content") or ""), message.get("tool_calls")
+        if not calls:
             return content
-        rest = self._after_reply((), header=False, tool_calls=message["tool_calls"])
-        calls = rest[: rest.rindex(self._end_text)]
-        return content + calls if content else calls.lstrip()
+        user: Message = {"role": "user", "content": "?"}
+        reply = {"role": "assistant", "content": REPLY, "tool_calls": calls}
+        whole = self.render([user, reply], header=False)
+        name = str(calls[0].get("function", calls[0]).get("name"))
+        require(name in whole, f"the chat template does not write the calls of a turn; {REMEDY}")
+        if REPLY in whole:
+            rest = self._after_reply((), header=False, tool_calls=calls)
+            text = rest[: rest.rindex(self._end_text)]
+            return content + text if content else text.lstrip()
+        # Llama 3, Hermes 2 and Mistral write the calls instead of the content.
+        require(
+            not content, f"the chat template drops the text of a turn that calls tools; {REMEDY}"
+        )
+        before = self.render([user], header=True)
+        whole = self.render([user, {**reply, "content": ""}], header=False)
+        require(
+            whole.startswith(before),
+            f"a turn that calls tools does not begin with the generation prompt; {REMEDY}",
+        )
+        return whole[len(before) : whole.rindex(self._end_text)]
 
     @cached_property
     def _end_id(self) -> int:

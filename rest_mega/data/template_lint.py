@@ -43,7 +43,10 @@ _TOOL: Mapping[str, Any] = {
         },
     },
 }
-HERMES = "tokenizer.chat_template=hermes renders each turn by itself"
+ALONE = (
+    "write each turn by itself, as the shipped template does: tokenizer.chat_template=hermes where "
+    "the vocabulary has <|im_end|>"
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def _header(chat: ChatFormat) -> Iterator[Finding]:
             WARNING,
             "text between header and reply",
             f"a finished turn has {between!r} between the header and what the policy said",
-            f"{HERMES}; or write the text into the generation prompt too",
+            f"{ALONE}; or write the text into the generation prompt too",
         )
 
 
@@ -183,14 +186,14 @@ def _thinking(chat: ChatFormat) -> Iterator[Finding]:
             WARNING,
             "stripped thinking",
             "it drops a block of thought from the last turn already",
-            HERMES,
+            ALONE,
         )
         return
     for message, name in ((_RESULTS[0], "a tool's result"), (_NEXT, "a new user message")):
         after = chat.render([_USER, _THINKING, message], header=False)
         if THOUGHT not in after:
             yield Finding(
-                WARNING, "stripped thinking", f"{name} drops the thought of turns before it", HERMES
+                WARNING, "stripped thinking", f"{name} drops the thought of turns before it", ALONE
             )
         elif not after.startswith(before):
             yield _changed(name, before, after)
@@ -213,7 +216,7 @@ def _white_space(chat: ChatFormat) -> Iterator[Finding]:
             WARNING,
             "trimmed content",
             "white space around a reply is not kept",
-            f"remove `| trim` from the assistant's content; or {HERMES}",
+            "remove `| trim` from the assistant's content",
         )
 
 
@@ -223,7 +226,7 @@ def _tokens(chat: ChatFormat) -> Iterator[Finding]:
     ids, _ = chat.dialogue_ids(messages)
     text = chat.render(messages, header=False)
     whole = chat.tokenizer.encode(text)
-    if whole[: len(ids)] != ids and chat.tokenizer.decode(ids) == text[: len(text)]:
+    if whole[: len(ids)] != ids and text.startswith(chat.tokenizer.decode(ids)):
         yield Finding(
             WARNING,
             "tokens across a boundary",
@@ -237,16 +240,19 @@ def _calls(chat: ChatFormat, dialect: str) -> Iterator[Finding]:
     """Structured calls are written as the dialect reads them."""
     many = [{"type": "function", "id": f"call0000{n}", "function": _CALL} for n in range(2)]
     for calls in (many[:1], many):
-        text = chat.reply_text({"role": "assistant", "content": "", "tool_calls": calls})
+        count = f"{len(calls)} structured call{'s' * (len(calls) > 1)}"
+        try:
+            text = chat.reply_text({"role": "assistant", "content": "", "tool_calls": calls})
+        except ConfigError as error:
+            fix = "give supervised dialogues and prompts their calls as text, as the policy does"
+            yield Finding(WARNING, "structured calls refused", f"{count}: {error}", fix)
+            return
         read = [d for d in dialects.DIALECTS if _reads(text, d, len(calls))]
         if dialect not in read:
             fix = f"set tokenizer.dialect={read[0]}" if read else "write the calls in the dialect"
+            what = f"dialect {dialect!r} does not read {text!r}, written for {count}"
             yield Finding(
-                WARNING,
-                "calls in another dialect",
-                f"{len(calls)} structured calls become {text!r}, which dialect {dialect!r} does "
-                "not read as those calls",
-                f"{fix}, or change the template",
+                WARNING, "calls in another dialect", what, f"{fix}, or change the template"
             )
             return
 
@@ -263,7 +269,7 @@ def _reads(text: str, dialect: str, count: int) -> bool:
 def _changed(what: str, before: str, after: str) -> Finding:
     """`what` was appended and `before` is no prefix any more: say which part of it changed."""
     same = _common(before, after)
-    name, fix = "changed history", HERMES
+    name, fix = "changed history", ALONE
     if "think" in _window(before, same):
         name = "stripped thinking"
     elif before.rstrip() == before[:same].rstrip():
