@@ -2,7 +2,8 @@
 
 Two forms of rows, told apart by their columns, in .jsonl, .json (one list) or .parquet files:
 
-    ours     {"id", "messages", "tools"?, "environment"?, "task"?}
+    ours     {"id", "messages", "tools"?, "environment"?, "task"?}; tools are whole specs,
+             or names of tools that the environment or the config has
     ToolRL   {"prompt", "reward_model": {"ground_truth"}, ...}; environment "none", the gold reply
     parsed into `task`
 
