@@ -9,7 +9,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test lint format type pytest slow clean
+.PHONY: setup bfcl quickstart test lint format type pytest slow clean
 
 setup: $(STAMP)
 
@@ -18,6 +18,10 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet $(TORCH_ARGS) $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
+
+# BFCL's backends without the hundred dependencies of its package, for the environment "bfcl" and its tests.
+bfcl: setup
+	$(BIN)/pip install --quiet --no-deps 'bfcl-eval>=2026.3' mpmath
 
 quickstart: setup
 	PATH="$(abspath $(BIN)):$$PATH" examples/quickstart/run.sh $(ARGS)

@@ -52,8 +52,8 @@ class ChatFormat:
         """Ids between an assistant turn's end-of-turn token and the next assistant turn's first
         token.
 
-        `results`: (tool name, content) of every call, in order. Raises ConfigError where the
-        template has no tool role.
+        `results`: (tool name, content) of every call, in order; control tokens written in a content
+        are broken up. Raises ConfigError where the template has no tool role.
         """
         return self._delta([tool_message(name, content) for name, content in results])
 
@@ -122,13 +122,23 @@ class ChatFormat:
             not tools or self._shows_results,
             f"the chat template does not write tool results; {REMEDY}",
         )
-        rest = self._after_reply(messages, header=True)
+        rest = self._after_reply([self._as_plain(m) for m in messages], header=True)
         require(
             rest.startswith(self._end_text),
             f"after a reply amid a dialogue the chat template writes {rest[:20]!r}, not "
             f"{self._end_text!r}; {REMEDY}",
         )
         return self._after_end(rest[len(self._end_text) :])
+
+    def _as_plain(self, message: Message) -> Message:
+        """A tool's message whose text cannot end its turn or open another: control tokens written
+        in it are broken up by a space."""
+        if message["role"] != "tool":
+            return message
+        content = str(message.get("content") or "")
+        for text in self.tokenizer.control_texts:
+            content = content.replace(text, f"{text[:1]} {text[1:]}")
+        return {**message, "content": content}
 
     def _after_end(self, text: str) -> list[int]:
         """Ids of `text` where it follows an end-of-turn token: tokenizers treat the start of a text
