@@ -29,7 +29,7 @@ _USER: Message = {"role": "user", "content": "First question?"}
 _NEXT: Message = {"role": "user", "content": "Second question?"}
 _REPLY: Message = {"role": "assistant", "content": REPLY}
 _THINKING: Message = {"role": "assistant", "content": f"<think>\n{THOUGHT}\n</think>\n\n{REPLY}"}
-_RESULTS = [tool_message("weather", "RESULT1"), tool_message("weather", "RESULT2")]
+_RESULTS = [tool_message("weather", text) for text in ("RESULT1", "RESULT2")]
 _CALL = {"name": "weather", "arguments": {"city": "Oslo", "days": 2}}
 _TOOL: Mapping[str, Any] = {
     "type": "function",
@@ -182,12 +182,8 @@ def _thinking(chat: ChatFormat) -> Iterator[Finding]:
     """A block of thought stays where it is while the conversation goes on."""
     before = chat.render([_USER, _THINKING], header=False)
     if THOUGHT not in before:
-        yield Finding(
-            WARNING,
-            "stripped thinking",
-            "it drops a block of thought from the last turn already",
-            ALONE,
-        )
+        what = "it drops a block of thought from the last turn already"
+        yield Finding(WARNING, "stripped thinking", what, ALONE)
         return
     for message, name in ((_RESULTS[0], "a tool's result"), (_NEXT, "a new user message")):
         after = chat.render([_USER, _THINKING, message], header=False)
@@ -251,9 +247,8 @@ def _calls(chat: ChatFormat, dialect: str) -> Iterator[Finding]:
         if dialect not in read:
             fix = f"set tokenizer.dialect={read[0]}" if read else "write the calls in the dialect"
             what = f"dialect {dialect!r} does not read {text!r}, written for {count}"
-            yield Finding(
-                WARNING, "calls in another dialect", what, f"{fix}, or change the template"
-            )
+            fix += ", or change the template"
+            yield Finding(WARNING, "calls in another dialect", what, fix)
             return
 
 
@@ -276,9 +271,8 @@ def _changed(what: str, before: str, after: str) -> Finding:
         name, fix = "missing newline", "write the same white space after the last turn as between"
     elif REPLY in after[same:]:
         name, fix = "moved text", "write system message and tools once, at the beginning"
-    return Finding(
-        WARNING, name, f"{what} changes what was written: {_differs(before, after)}", fix
-    )
+    what += f" changes what was written: {_differs(before, after)}"
+    return Finding(WARNING, name, what, fix)
 
 
 def _common(one: str, other: str) -> int:
@@ -293,8 +287,7 @@ def _window(text: str, position: int) -> str:
 
 def _differs(before: str, after: str) -> str:
     same = _common(before, after)
-    start = max(same - 12, 0)
-    return f"{before[start : same + 24]!r} becomes {after[start : same + 24]!r}"
+    return f"{_window(before, same)!r} becomes {_window(after, same)!r}"
 
 
 def report(findings: Sequence[Finding]) -> str:

@@ -71,7 +71,8 @@ class _Turn:
     ) -> None:
         self._environment, self._limits, self._cut, self._budget = environment, limits, cut, budget
         self._schemas: Mapping[str, Mapping[str, Any]] = {
-            spec["function"]["name"]: spec["function"]["parameters"] for spec in environment.specs
+            spec["function"]["name"]: spec["function"].get("parameters", {})
+            for spec in environment.specs
         }
 
     def is_concurrent(self, numbered: tuple[int, ToolCall]) -> bool:

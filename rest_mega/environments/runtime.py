@@ -12,6 +12,7 @@ from rest_mega.environments.calls import Budget, answer_calls
 from rest_mega.environments.declared import DeclaredTools
 from rest_mega.environments.registry import DECLARED, Environment, make_environment
 from rest_mega.environments.results import Vocabulary, cut_tokens
+from rest_mega.environments.schema import check_parameters
 from rest_mega.environments.tools import ToolEnvironment
 from rest_mega.environments.workers import Workers
 from rest_mega.records import Prompt, ToolCall, ToolOutcome
@@ -89,6 +90,7 @@ class EpisodeTools:
                 f"environment.http or environment.mcp; known: {', '.join(near or known) or 'none'}",
             )
         if not isinstance(wanted, str):
+            check_parameters(wanted["function"].get("parameters", {}), f"parameters of {name!r}")
             return wanted
         return self._own[name] if name in self._own else self._declared.tools[name].spec
 

@@ -48,11 +48,11 @@ def _run(module: ModuleType, job: Mapping[str, Any]) -> tuple[str, str]:
         text = as_text(function(**job["arguments"]))[: job["characters"] + 1]
         return "ok", text.encode("utf-8", "replace").decode()
     except ToolError as error:
-        return "error", str(error)
+        return "error", str(error)[: job["characters"] + 1]
     except MemoryError:
         return "crashed", "it ran out of memory"
     except BaseException as error:
-        return "error", f"{type(error).__name__}: {error}"[: job["characters"]]
+        return "error", f"{type(error).__name__}: {error}"[: job["characters"] + 1]
 
 
 def _channels() -> tuple[Iterator[dict[str, Any]], BinaryIO]:

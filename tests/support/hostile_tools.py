@@ -87,6 +87,6 @@ class Hostile(ToolEnvironment):
 
     @tool(isolated=True)
     @staticmethod
-    def refuse() -> int:
-        """Refuse."""
-        raise ToolError("not today")
+    def refuse(words: int) -> int:
+        """Refuse, in few words or many."""
+        raise ToolError("not today " * words)

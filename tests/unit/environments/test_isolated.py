@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from rest_mega.config import ConfigError
-from rest_mega.environments import ENVIRONMENTS, ToolEnvironment, ToolRuntime, tool
+from rest_mega.environments import ENVIRONMENTS, ToolEnvironment, ToolRuntime, load_modules, tool
 from rest_mega.environments.deadline import together
 from rest_mega.records import ToolOutcome
 from tests.support.calls import outcomes, reply_of, row, runtime
@@ -112,7 +113,8 @@ def test_endless_recursion_and_a_refusal_are_errors_that_the_worker_survives(
 ) -> None:
     before = process(shared)
     assert ask(shared, "recurse").content.startswith("error: RecursionError: maximum recursion")
-    assert ask(shared, "refuse").content == "error: not today"
+    assert ask(shared, "refuse", words=1).content == "error: not today "
+    assert ask(shared, "refuse", words=10**6).content.startswith("error: not today not today")
     assert process(shared) == before
 
 
@@ -130,6 +132,30 @@ def test_waiting_for_a_free_worker_does_not_count_against_the_deadline() -> None
     jobs = [lambda e=e, r=r: e.answer(r)[0] for e, r in zip(episodes, replies, strict=True)]
     assert [o.status for o in together(jobs, 3)] == ["timeout", "timeout", "ok"]
     mine.close()
+
+
+def test_a_tool_of_a_file_that_the_config_names_runs_in_a_worker(tmp_path: Path) -> None:
+    path = tmp_path / "of_a_file.py"
+    path.write_text(
+        "import os\n"
+        "from rest_mega.environments import ToolEnvironment, environment, tool\n"
+        "@environment('test isolated file')\n"
+        "class Own(ToolEnvironment):\n"
+        "    @tool(isolated=True)\n"
+        "    @staticmethod\n"
+        "    def where() -> list[object]:\n"
+        "        'Tell.'\n"
+        "        return [os.getpid(), __name__]\n"
+    )
+    (module,) = load_modules([str(path)])
+    mine = runtime(**LIMITS)
+    (outcome,) = outcomes(row("test isolated file"), ("where", {}), running=mine)
+    pid, name = json.loads(outcome.content)
+    assert pid != os.getpid()
+    assert name == module.__name__
+    mine.close()
+    assert gone(pid)
+    del ENVIRONMENTS["test isolated file"]
 
 
 def test_an_isolated_tool_with_a_self_or_inside_a_function_is_refused() -> None:

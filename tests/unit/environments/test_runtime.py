@@ -260,6 +260,12 @@ def test_a_whole_spec_is_shown_as_the_row_writes_it() -> None:
 def test_a_row_that_names_an_unknown_tool_is_refused_at_start_with_the_near_ones() -> None:
     with pytest.raises(ConfigError, match=r"prompt 'p': tool 'nots' is neither.*known: note"):
         check_prompts([row("test clock", "nots")], CHAT, 1000)
+    bad = {
+        "name": "note",
+        "parameters": {"type": "object", "properties": {"text": {"type": "str"}}},
+    }
+    with pytest.raises(ConfigError, match=r"parameters of 'note'\.text\.type='str' is not known"):
+        check_prompts([row("test clock", {"type": "function", "function": bad})], CHAT, 1000)
     spec = {"type": "function", "function": {"name": "gold_only", "parameters": {}}}
     check_prompts([row("none", spec)], CHAT, 1000)  # the environment "none" only shows
 
