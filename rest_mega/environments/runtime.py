@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rest_mega.config import EnvironmentConfig, require
 from rest_mega.environments.calls import Budget, answer_calls
+from rest_mega.environments.deadline import DeadlineError, within
 from rest_mega.environments.declared import DeclaredTools
 from rest_mega.environments.registry import DECLARED, Environment, make_environment
 from rest_mega.environments.results import Vocabulary, cut_tokens
@@ -63,6 +64,7 @@ class EpisodeTools:
         prompt: Prompt,
     ) -> None:
         self._runtime, self._environment, self._declared = runtime, environment, declared
+        self._prompt = prompt
         self._budget = Budget(runtime.limits.episode_timeout_s)
         self._own = {_name(spec): spec for spec in environment.specs}
         everything = declared.tools if prompt.environment == DECLARED else self._own
@@ -106,8 +108,17 @@ class EpisodeTools:
         return answer_calls(self, reply, runtime.limits, cut=runtime.cut, budget=self._budget)
 
     def finish(self, answer: str) -> Mapping[str, Any]:
-        """The environment's verdict."""
-        return self._environment.finish(answer)
+        """The environment's verdict; RuntimeError when it takes longer than a call may: a reward
+        cannot be made up for it."""
+        seconds = self._runtime.limits.call_timeout_s
+        try:
+            return within(seconds, lambda: self._environment.finish(answer))
+        except DeadlineError:
+            raise RuntimeError(
+                f"environment {self._prompt.environment!r} did not judge prompt "
+                f"{self._prompt.id!r} within {seconds:g} s: make its finish() faster, or raise "
+                "environment.call_timeout_s"
+            ) from None
 
 
 def _name(spec: Mapping[str, Any]) -> str:

@@ -148,6 +148,22 @@ def test_an_episode_whose_seconds_are_spent_gets_answers_without_running_anythin
     assert other.content == "b"  # another episode has a budget of its own
 
 
+def test_a_verdict_that_hangs_stops_the_run_and_says_whose_it_is() -> None:
+    class Undecided(ToolEnvironment):
+        def finish(self, answer: str) -> dict[str, Any]:
+            """Never."""
+            time.sleep(60)
+            return {}
+
+    ENVIRONMENTS["test undecided"] = Undecided
+    episode = runtime(call_timeout_s=0.05).open(row("test undecided"))
+    with pytest.raises(
+        RuntimeError, match=r"'test undecided' did not judge prompt 'p' within 0\.05"
+    ):
+        episode.finish("")
+    del ENVIRONMENTS["test undecided"]
+
+
 def test_endless_recursion_in_this_process_is_an_error() -> None:
     (done,) = outcomes(row("test clock"), ("recurse", {}))
     assert done.status == "error"
