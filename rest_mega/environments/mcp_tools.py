@@ -130,7 +130,7 @@ class _Connection:
         """Raises ToolCrashError when there is no connection within START_S."""
         self._target, self._ready = target, concurrent.futures.Future[Any]()
         self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
+        self._task = self._loop.create_task(self._hold_open())
         self._thread = threading.Thread(target=self._serve, name=f"mcp {name}", daemon=True)
         self._thread.start()
         try:
@@ -155,9 +155,9 @@ class _Connection:
             raise DeadlineError(f"no answer within {seconds:.3g} s") from None
 
     def stop(self) -> None:
-        """Tell the client to end, in its own thread."""
+        """Tell the client to end, in its own thread, also where it still waits for its server."""
         with suppress(RuntimeError):  # the loop has ended by itself
-            self._loop.call_soon_threadsafe(self._stop.set)
+            self._loop.call_soon_threadsafe(self._task.cancel)
 
     def close(self) -> None:
         """End the client; waits a little, since a server may be slow to end."""
@@ -166,7 +166,7 @@ class _Connection:
 
     def _serve(self) -> None:
         try:
-            self._loop.run_until_complete(self._hold_open())
+            self._loop.run_until_complete(self._task)
         except BaseException as error:  # a group of errors that hides the connection's own
             if not self._ready.done():
                 self._ready.set_exception(error)
@@ -178,7 +178,7 @@ class _Connection:
 
         async with Client(self._target(), cache=None) as client:
             self._ready.set_result(client)
-            await self._stop.wait()
+            await asyncio.Event().wait()  # until the task is cancelled
 
 
 def _target(config: McpServerConfig) -> Any:
