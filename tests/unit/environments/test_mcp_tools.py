@@ -157,9 +157,9 @@ def test_a_command_that_cannot_be_started_is_refused_at_start() -> None:
 def test_a_server_that_never_speaks_is_ended_and_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rest_mega.environments.mcp_tools.START_S", 1.0)
+    monkeypatch.setattr("rest_mega.environments.mcp_tools.START_S", 0.5)
     path = tmp_path / "pid"
-    silent = f"echo $$ > {path}; exec sleep 600"
+    silent = f"echo $$ > {path}; while read -r line; do :; done"
     with pytest.raises(ConfigError, match="no connection: TimeoutError"):
         serving(command=("/bin/sh", "-c", silent)).open(row("tools"))
     assert not Path(f"/proc/{path.read_text().strip()}").exists()
