@@ -73,7 +73,7 @@ def read_inputs(config: RunConfig, verb: str) -> Inputs:
     )
     chat = ChatFormat(tokenizer)
     train, held_out = _prompts(config, verb)
-    check_prompts(train + held_out, chat, config.rollout.max_tokens)
+    check_prompts(train + held_out, chat, config.rollout.max_tokens, config.environment)
     rubric = Rubric(config.rewards)
     source = open_source(config.model.path, config.model.init, architecture, config.run.seed)
     reference = None

@@ -206,32 +206,127 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class HttpToolConfig:
+    """A tool behind an HTTP endpoint; its name is its key in `environment.http`."""
+
+    url: str = ""
+    """http:// or https:// address; {argument} in its path is filled with that argument."""
+    method: str = "POST"
+    """POST, PUT, PATCH: the other arguments are sent as a JSON object; GET, DELETE: as a query."""
+    description: str = ""
+    """What the model is told of the tool."""
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object"})
+    """JSON schema of the arguments."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Sent with every request. They are kept in the run directory: see secret_headers."""
+    secret_headers: Mapping[str, str] = field(default_factory=dict)
+    """Header -> the environment variable that holds its value."""
+    idempotent: bool = False
+    """Sending a request twice does what sending it once does: it may be retried."""
+    concurrent: bool = True
+    """Calls of one turn may run at the same time."""
+
+    def __post_init__(self) -> None:
+        web = self.url.startswith(("http://", "https://"))
+        require(web, f"url={self.url!r} of an HTTP tool must begin with http:// or https://")
+        one_of("method of an HTTP tool", self.method, ("GET", "POST", "PUT", "PATCH", "DELETE"))
+
+
+@dataclass(frozen=True)
+class McpServerConfig:
+    """An MCP server, whose tools all become known; its name is its key in `environment.mcp`."""
+
+    command: tuple[str, ...] = ()
+    """Command that starts it as a child process (stdio); either this or `url`."""
+    url: str = ""
+    """Address of a running server (streamable HTTP)."""
+    variables: tuple[str, ...] = ()
+    """Environment variables that a server started by `command` is given besides PATH, HOME and
+    their like."""
+    idempotent: tuple[str, ...] = ()
+    """Tools that may be retried, besides those that the server itself declares idempotent or
+    read-only."""
+    concurrent: bool = True
+    """Calls of one turn may run at the same time."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.command) != bool(self.url),
+            f"an MCP server has command={list(self.command)} and url={self.url!r}; give one of "
+            "them",
+        )
+
+
+FAILURES = (
+    "malformed", "unknown_tool", "bad_arguments", "refused", "timeout", "crashed", "error",
+)  # fmt: skip
+"""What may become of a call besides ok."""
+
+
+@dataclass(frozen=True)
 class EnvironmentConfig:
-    """Limits on what answers a tool call; the environment itself is named by each prompt."""
+    """Tools that all environments may use, and limits on what answers a tool call; the environment
+    itself is named by each prompt."""
 
     modules: tuple[str, ...] = ()
     """Python files or importable modules that register tools, environments and rewards, loaded at
     start."""
+    http: Mapping[str, HttpToolConfig] = field(default_factory=dict)
+    """Tools behind HTTP endpoints: name -> url, method, description, parameters, ..."""
+    mcp: Mapping[str, McpServerConfig] = field(default_factory=dict)
+    """MCP servers: name -> command or url, ...; needs the extra `mcp`."""
     call_timeout_s: float = 10.0
-    """Deadline of one tool call, in seconds."""
-    result_characters: int = 4096
-    """A longer tool result is cut to this many characters."""
+    """Deadline of one tool call with all its retries, in seconds."""
+    episode_timeout_s: float = 120.0
+    """Seconds that the tool calls of one episode may take together."""
+    retries: int = 2
+    """Further tries of a call that failed, for tools declared idempotent."""
+    result_tokens: int = 1024
+    """A longer tool result is cut to this many tokens."""
+    result_characters: int = 65536
+    """A longer tool result is cut to this many characters before its tokens are counted."""
     calls_per_turn: int = 16
     """More calls than these in one turn are refused (each is still answered)."""
+    parallel_calls: int = 8
+    """Calls of one turn that run at the same time at most."""
+    parallel_episodes: int = 64
+    """Episodes of one lead whose calls are answered at the same time at most."""
+    isolated_workers: int = 4
+    """Worker processes of one lead for tools declared isolated."""
+    isolated_memory_mb: int = 512
+    """Memory that an isolated tool may take, in MB."""
+    messages: Mapping[str, str] = field(default_factory=dict)
+    """What the model reads of a failed call, by status (see FAILURES), where it is not the default
+    "error: {why}"; {why} and {tool} are filled in."""
 
     def __post_init__(self) -> None:
-        require(
-            self.call_timeout_s > 0,
-            f"environment.call_timeout_s={self.call_timeout_s} must be positive",
-        )
-        require(
-            self.result_characters > 0,
-            f"environment.result_characters={self.result_characters} must be positive",
-        )
-        require(
-            self.calls_per_turn > 0,
-            f"environment.calls_per_turn={self.calls_per_turn} must be positive",
-        )
+        for name in (
+            "call_timeout_s",
+            "episode_timeout_s",
+            "result_tokens",
+            "result_characters",
+            "calls_per_turn",
+            "parallel_calls",
+            "parallel_episodes",
+            "isolated_workers",
+            "isolated_memory_mb",
+        ):
+            value = getattr(self, name)
+            require(value > 0, f"environment.{name}={value} must be positive")
+        require(self.retries >= 0, f"environment.retries={self.retries} must not be negative")
+        for status, text in self.messages.items():
+            one_of("key of environment.messages", status, FAILURES)
+            self._check_message(status, text)
+
+    def _check_message(self, status: str, text: str) -> None:
+        try:
+            text.format(why="", tool="")
+        except (LookupError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"environment.messages.{status}={text!r} cannot be filled in "
+                f"({type(error).__name__}: {error}); use {{why}} and {{tool}} alone, and double "
+                "other braces"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -843,11 +938,7 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
         if key not in names:
             raise _unknown(f"{prefix}{key}", [f"{prefix}{n}" for n in names])
         kind = hints[key]
-        values[key] = (
-            _build(kind, value, f"{prefix}{key}.")
-            if dataclasses.is_dataclass(kind)
-            else _coerce(f"{prefix}{key}", value, kind)
-        )
+        values[key] = _coerce(f"{prefix}{key}", value, kind)
     return cls(**values)
 
 
@@ -864,6 +955,10 @@ def _unknown(key: str, siblings: list[str]) -> ConfigError:
 def _coerce(key: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`; only lossless conversions (YAML's `1e-3` is a string, `2` may be a
     float)."""
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, f"{key}.")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None:

@@ -44,8 +44,9 @@ class Prompt:
     """Unique in its file; groups, evaluation rows and reports are named by it."""
     messages: tuple[Message, ...]
     """The conversation up to the first assistant turn."""
-    tools: tuple[Mapping[str, Any], ...] = ()
-    """JSON-schema specs ({"type": "function", "function": {...}}) shown to the model."""
+    tools: tuple[Mapping[str, Any] | str, ...] = ()
+    """What is shown to the model and may be called, as JSON-schema specs ({"type": "function",
+    "function": {...}}) or names; empty: all tools of the environment."""
     environment: str = "none"
     """Name in rest_mega.environments.ENVIRONMENTS: what answers this prompt's tool calls."""
     task: Mapping[str, Any] = field(default_factory=dict)
@@ -66,7 +67,7 @@ class ToolOutcome:
     """What became of one call: `status` is ok, or why the call failed."""
 
     status: str
-    """ok | malformed | unknown_tool | bad_arguments | timeout | error | refused."""
+    """ok, or one of rest_mega.config.FAILURES."""
     content: str
     """What the model is shown, success or failure."""
     seconds: float = 0.0
