@@ -150,7 +150,7 @@ class Session:
     def finish(self) -> int:
         """Export, report, and the one line that says what came of it; returns the exit code 0."""
         run_dir, head = Path(self.config.run.dir), self.place.is_head
-        if self.config.run.export and self.place.data_rank == 0:
+        if self.config.run.export:
             architecture, source = self.inputs.architecture, self.config.model.path
             tokenizer = self.config.tokenizer.path
             save_hf(

@@ -225,7 +225,8 @@ def test_the_command_line_answers_without_torch() -> None:
 
 def listed(readme: str) -> set[str]:
     """Paths below rest_mega/ in the fenced block that begins with the line `rest_mega/`: one
-    `name.py  text` or `room/  text` a line, two spaces deeper per level."""
+    `name.py  text`, `one.py, two.py  text` or `room/  text` a line, two spaces deeper per
+    level."""
     blocks = re.findall(r"^```[^\n]*\n(rest_mega/.*?)^```", readme, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 1, f"{len(blocks)} blocks begin with rest_mega/"
     folders: list[str] = []
@@ -234,15 +235,16 @@ def listed(readme: str) -> set[str]:
         if not line.strip():
             continue
         depth = (len(line) - len(line.lstrip(" "))) // 2
-        name = line.split()[0]
+        names = line.replace(", ", ",").split()[0].split(",")
         assert 1 <= depth <= len(folders) + 1, f"{line!r} is indented by {depth} levels"
         folders = folders[: depth - 1]
-        path = "".join(folders) + name
-        assert path not in found, f"{path} is listed twice"
-        assert len(line.split()) > 1, f"{line!r} says nothing of the file"
-        found.add(path)
-        if name.endswith("/"):
-            folders.append(name)
+        assert len(line.split()) > len(names), f"{line!r} says nothing of the file"
+        for name in names:
+            path = "".join(folders) + name
+            assert path not in found, f"{path} is listed twice"
+            found.add(path)
+        if names[0].endswith("/"):
+            folders.append(names[0])
     return found
 
 
@@ -257,9 +259,9 @@ def real() -> set[str]:
 
 
 def test_a_tree_is_read_as_it_is_drawn() -> None:
-    tree = "rest_mega/\n  cli.py  words\n  data/  files\n    chat.py  ids\n  z.py  end\n"
+    tree = "rest_mega/\n  cli.py  words\n  data/  files\n    chat.py  ids\n  y.py, z.py  end\n"
     text = f"# Title\n```\n{tree}```\n"
-    assert listed(text) == {"cli.py", "data/", "data/chat.py", "z.py"}
+    assert listed(text) == {"cli.py", "data/", "data/chat.py", "y.py", "z.py"}
 
 
 def test_the_real_tree_has_rooms_files_and_no_caches() -> None:

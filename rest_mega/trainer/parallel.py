@@ -211,6 +211,7 @@ def _model_parallel(config: ParallelConfig) -> None:
         else None,
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, int(config.timeout_s // 60)),
         create_gloo_process_groups=False,
     )

@@ -16,9 +16,9 @@ from rest_mega.config import LossConfig, ModelConfig, OptimizerConfig, PackingCo
 from rest_mega.losses import correction, objective
 from rest_mega.losses.policy import Sequences
 from rest_mega.records import Floats, Microbatch, Sample, StepResult
+from rest_mega.trainer import experts, packing
 from rest_mega.trainer import model as models
 from rest_mega.trainer import optimizer as optimizers
-from rest_mega.trainer import packing
 from rest_mega.trainer.forward import Runner, local_part
 from rest_mega.trainer.global_rows import GlobalRows, Scores
 from rest_mega.trainer.parallel import Parallel
@@ -80,6 +80,7 @@ class Trainer:
         self.rows = GlobalRows(parallel)
         self._optimizer_config, self._loss, self._packing = optimizer, loss, packing
         self._total_steps = max(1, total_steps)
+        self._aux_loss = model.moe_aux_loss
         self._temperature = temperature
         self.modules = models.build(architecture, model, parallel)
         self.optimizer_steps = 0
@@ -264,6 +265,9 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self._aux_loss:
+            tokens = self.rows.total(np.array([float(sum(len(b.ids_T) for b in batches))]))
+            experts.scale_aux_loss(self.modules, self._aux_loss, float(tokens[0]))
         self._runner.train(batches, closure)
         lr = self._next_lr()
         norm, taken = optimizers.apply(self.optimizer, self._optimizer_config)
