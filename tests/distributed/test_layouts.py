@@ -26,7 +26,7 @@ from rest_mega.config import (
     ParallelConfig,
 )
 from tests.support.models import random_samples, save_model
-from tests.support.ranks import run_ranks
+from tests.support.ranks import in_turn, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -182,26 +182,6 @@ def _gradients(trainer: Any) -> dict[str, Any]:
     return whole
 
 
-def one_after_another(cases: list[tuple[Any, ...]], run: Callable[..., Any]) -> list[Any]:
-    """`run(*case)` of every case, in these processes; an error names its case."""
-    answers = []
-    for name, *arguments in cases:
-        try:
-            answers.append(run(*arguments))
-        except Exception as error:
-            error.add_note(f"in {name}")
-            raise
-        _leave()
-    return answers
-
-
-def _leave() -> None:
-    """Give the model-parallel groups up, for those of the next layout; torch's run goes on."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-
-
 # ------------------------------------------------------------------ transformers'
 
 
@@ -307,7 +287,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Any
 @pytest.fixture(scope="module")
 def wanted(models: dict[str, tuple[str, Any]]) -> dict[str, Any]:
     cases = [(family, path) for family, (path, _) in models.items()]
-    (answers,) = run_ranks(one_after_another, 1, cases, reference, timeout=300)
+    (answers,) = run_ranks(in_turn, 1, cases, reference, timeout=300)
     return dict(zip(models, answers, strict=True))
 
 
@@ -321,7 +301,7 @@ def got(models: dict[str, tuple[str, Any]]) -> Callable[[str, str], list[Any]]:
         if (family, name) not in made:
             mine = [case for case in CASES if LAYOUTS[case[0]][case[1]].ranks == ranks]
             cases = [(f"{f} {n}", *models[f], LAYOUTS[f][n]) for f, n in mine]
-            answers = run_ranks(one_after_another, ranks, cases, three_steps, timeout=300)
+            answers = run_ranks(in_turn, ranks, cases, three_steps, timeout=300)
             made.update(zip(mine, zip(*answers, strict=True), strict=True))
         return made[family, name]
 
