@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -97,20 +98,68 @@ def _receive(pipe: Any, rank: int) -> Any:
     return value
 
 
+class Job:
+    """`main()` on every rank of a run that a test watches and kills; output goes to a file each."""
+
+    def __init__(self, main: Callable[..., int], world_size: int, folder: Path, *args: Any) -> None:
+        folder.mkdir(parents=True)
+        self.logs = [folder / f"rank_{rank}.log" for rank in range(world_size)]
+        self.ranks = [
+            _CONTEXT.Process(target=_logged, args=(main, args, rank, world_size, folder, log))
+            for rank, log in enumerate(self.logs)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def said(self) -> str:
+        """What all ranks have printed."""
+        return "".join(log.read_text() for log in self.logs if log.exists())
+
+    def wait(self, timeout: float) -> list[int | None]:
+        """Exit codes in rank order (-9: killed); None of a rank that is still there after `timeout`
+        seconds, which is then killed."""
+        end = time.monotonic() + timeout
+        for process in self.ranks:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in self.ranks]
+        for process in self.ranks:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        return codes
+
+
+def _logged(
+    main: Callable[..., int], args: Any, rank: int, world_size: int, folder: Path, log: Path
+) -> None:
+    with log.open("wb") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    _become(rank, world_size, folder)
+    sys.exit(main(*args))
+
+
 def _rank(
     fn: Callable[..., Any], args: Any, rank: int, world_size: int, folder: str, pipe: Connection
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        REST_MEGA_INIT_METHOD=f"file://{Path(folder) / 'store'}",
-        OMP_NUM_THREADS="1",
-    )
+    _become(rank, world_size, Path(folder))
     try:
         answer = (True, fn(*args))
     except BaseException:
         answer = (False, traceback.format_exc())
     pipe.send_bytes(pickle.dumps(answer))
     pipe.close()
+
+
+def _become(rank: int, world_size: int, folder: Path) -> None:
+    """torchrun's variables for this process."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        REST_MEGA_INIT_METHOD=f"file://{folder / 'store'}",
+        OMP_NUM_THREADS="1",
+    )
