@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 ARGS ?=
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 # The newest megatron-core that is supported. From 0.17 on it asks for Python 3.12 and does without;
 # from 0.18 on for triton, which no run on a CPU uses.
@@ -18,13 +19,18 @@ LATEST_STAMP := $(LATEST_VENV)/.installed-$(LATEST_MCORE)
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(RUNS): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(BIN)/pip install --quiet --editable .
+	touch $(RUNS)
+
+# What developers need besides (Triton alone is 200 MB).
+$(STAMP): $(RUNS)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
 
-quickstart: setup
+quickstart: $(RUNS)
 	PATH="$(abspath $(BIN)):$$PATH" examples/quickstart/run.sh $(ARGS)
 
 test: lint type pytest

@@ -14,6 +14,7 @@ from rest_mega.data.prompts import load_prompts
 from rest_mega.data.tokenizer import load_tokenizer
 from rest_mega.dialects import DIALECTS, Region
 from rest_mega.environments import load_modules
+from rest_mega.losses import head
 from rest_mega.records import Prompt
 from rest_mega.rewards import Rubric
 from rest_mega.rollout.collect import Collector, check_prompts
@@ -54,6 +55,7 @@ def read_inputs(config: RunConfig, verb: str) -> Inputs:
         config.check_world(launch.world_size())
     config.parallel.data_parallel(launch.world_size())
     device.check(config.run.device)
+    head.check_form(config.model.head)
     require(
         bool(config.model.path), "model.path is empty; point it at a Hugging Face checkpoint folder"
     )

@@ -52,6 +52,10 @@ class ModelConfig:
     layers: str = "auto"
     """te: Transformer Engine's layers; local: torch SDPA attention; auto: te where it is installed
     on a GPU."""
+    head: str = "auto"
+    """What walks the LM head's logits: chunked (torch's matmuls, a tile at a time, any device),
+    triton (kernels for CUDA) or auto (triton for bf16 on CUDA where it is installed, else
+    chunked)."""
     recompute: str = "none"
     """none, selective (attention) or full (every layer): activations recomputed in the backward
     pass."""
@@ -67,6 +71,7 @@ class ModelConfig:
         )
         one_of("model.dtype", self.dtype, ("fp32", "bf16"))
         one_of("model.layers", self.layers, ("auto", "te", "local"))
+        one_of("model.head", self.head, ("auto", "chunked", "triton"))
         one_of("model.recompute", self.recompute, ("none", "selective", "full"))
         one_of("model.init", self.init, ("load", "random"))
 

@@ -25,11 +25,12 @@ GROUND = {"config", "records", "launch"}
 ARROWS: dict[str, set[str]] = {
     "dialects": set(),
     "telemetry": set(),
+    "kernels": set(),
     "data": {"dialects"},
     "environments": {"dialects"},
     "rewards": {"dialects"},
     "credit": {"dialects"},
-    "losses": set(),
+    "losses": {"kernels"},
     "rollout": {"data", "dialects", "environments"},
     "trainer": {"losses"},
     "sync": {"trainer", "rollout"},
@@ -41,7 +42,7 @@ TOP = {
     "stop", "train", "watchdog",
 }  # fmt: skip
 """Modules that put rooms together; no room imports them."""
-PURE = ("data", "dialects", "environments", "rewards", "credit", "losses")
+PURE = ("data", "dialects", "environments", "rewards", "credit", "losses", "kernels")
 NARROW = {
     "sync": {"rollout.engine"},
     "evaluation": {"trainer.parallel", "rollout.collect", "rollout.engine"},
@@ -133,6 +134,15 @@ def test_pure_rooms_touch_neither_megatron_nor_the_environment_nor_logging(name:
 
 def test_megatron_is_imported_by_trainer_and_sync_alone() -> None:
     assert {room(name) for name in users("megatron")} <= {"trainer", "sync"}
+
+
+def test_triton_is_loaded_where_its_kernels_are_asked_for() -> None:
+    assert users("triton") == {"kernels/head.py"}
+    for name, tree in TREES.items():
+        at_import = ast.Module(
+            [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
+        )
+        assert "rest_mega.kernels.head" not in set(imports(at_import)), name
 
 
 def test_no_string_names_megatron_elsewhere() -> None:

@@ -83,6 +83,10 @@ def test_a_device_that_is_not_there(refuse: Refuse) -> None:
     has(refuse("run.device=cuda"), "run.device=cuda", "use run.device=auto")
 
 
+def test_kernels_need_a_gpu(refuse: Refuse) -> None:
+    has(refuse("model.head=triton"), "model.head=triton needs a CUDA device", "model.head=auto")
+
+
 # ------------------------------------------------------------------ the model
 
 

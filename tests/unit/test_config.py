@@ -131,6 +131,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("model.dtype", "fp8", "bf16"),
     ("model.layers", "apex", "local"),
     ("model.recompute", "some", "selective"),
+    ("model.head", "tritn", "triton"),
     ("model.init", "ones", "random"),
     ("parallel.tensor", 0, "at least 1"),
     ("parallel.pipeline", -1, "at least 1"),
