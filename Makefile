@@ -9,8 +9,13 @@ ARGS ?=
 BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
+# The newest megatron-core that is supported. From 0.17 on it asks for Python 3.12 and does without;
+# from 0.18 on for triton, which no run on a CPU uses.
+LATEST_MCORE ?= 0.19.2
+LATEST_VENV ?= .venv-mcore-latest
+LATEST_STAMP := $(LATEST_VENV)/.installed-$(LATEST_MCORE)
 
-.PHONY: setup bfcl quickstart test lint format type pytest slow clean
+.PHONY: setup bfcl quickstart test test-mcore-latest lint format type pytest slow clean
 
 setup: $(STAMP)
 
@@ -51,5 +56,17 @@ pytest: setup
 slow: setup
 	$(BIN)/python -m pytest -q -m 'slow' $(ARGS)
 
+$(LATEST_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(LATEST_VENV)
+	$(LATEST_VENV)/bin/pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(LATEST_VENV)/bin/pip install --quiet --editable '.[dev]'
+	$(LATEST_VENV)/bin/pip install --quiet --no-deps --ignore-requires-python \
+		megatron-core==$(LATEST_MCORE)
+	touch $(LATEST_STAMP)
+
+# What touches megatron-core, with another version of it than `make test` has.
+test-mcore-latest: $(LATEST_STAMP)
+	$(LATEST_VENV)/bin/python -m pytest -q tests/distributed tests/unit/trainer tests/unit/sync $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

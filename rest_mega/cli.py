@@ -47,7 +47,7 @@ NO_COUNTERPART = {
     "--micro-batch-size": "micro-batches are filled by tokens: set packing.tokens",
     "--global-batch-size": "a step has rollout.prompts_per_step x rollout.samples_per_prompt "
     "trajectories",
-    "--expert-tensor-parallel-size": "it is parallel.tensor",
+    "--expert-tensor-parallel-size": "an expert is never cut: set parallel.expert",
     "--load": "a run resumes from the newest checkpoint in run.dir; set run.dir",
     "--save": "checkpoints are written into run.dir; set run.dir",
 }

@@ -64,8 +64,16 @@ class ModelConfig:
     recompute: str = "none"
     """none, selective (attention) or full (every layer): activations recomputed in the backward
     pass."""
+    moe_aux_loss: float = 0.0
+    """Coefficient of the load-balancing loss of a mixture of experts (Switch Transformer's, arXiv
+    2101.03961): the mean over all tokens of the step, prompts included, of each micro-batch's.
+    It depends on the cut into micro-batches, unlike all else."""
 
     def __post_init__(self) -> None:
+        require(
+            self.moe_aux_loss >= 0,
+            f"model.moe_aux_loss={self.moe_aux_loss} must not be negative; use 0 for none",
+        )
         one_of("model.dtype", self.dtype, ("fp32", "bf16"))
         one_of("model.layers", self.layers, ("auto", "te", "local"))
         one_of("model.head", self.head, ("auto", "chunked", "triton"))
@@ -99,7 +107,8 @@ class ParallelConfig:
     context: int = 1
     """Context-parallel size (Megatron: context_parallel_size)."""
     expert: int = 1
-    """Expert-parallel size (Megatron: expert_model_parallel_size)."""
+    """Ranks of TP x CP x DP over which a mixture's experts are spread, each whole on its rank; 1:
+    every rank has all of them (Megatron: expert_model_parallel_size)."""
     sequence: bool = False
     """Sequence parallelism inside the tensor-parallel group (Megatron: sequence_parallel)."""
 
@@ -130,6 +139,12 @@ class ParallelConfig:
             f"context {self.context} = {self.replica_size}; launch a multiple of "
             f"{self.replica_size} processes "
             "(torchrun --nproc-per-node) or change the parallel sizes",
+        )
+        ranks = world_size // self.pipeline
+        require(
+            ranks % self.expert == 0,
+            f"parallel.expert={self.expert} does not divide the {ranks} ranks of a pipeline stage "
+            f"(world size {world_size} / pipeline {self.pipeline}); use a divisor of {ranks}",
         )
         return world_size // self.replica_size
 

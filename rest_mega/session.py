@@ -204,9 +204,7 @@ class Session:
         return 0
 
     def _export(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face checkpoint: the first replica's work."""
-        if self.place.data_rank != 0:
-            return
+        """Write the policy as a Hugging Face checkpoint; all ranks together."""
         inputs, config, head = self.inputs, self.config, self.place.is_head
         with self.phase("save"):
             save_hf(

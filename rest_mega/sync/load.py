@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from rest_mega.config import ConfigError
-from rest_mega.sync.names import Piece, hf_names, hf_shape, named_parameters, pieces
+from rest_mega.sync.names import Piece, cut, hf_names, hf_shape, named_parameters, pieces
 from rest_mega.trainer.model import Architecture
 from rest_mega.trainer.parallel import Parallel
 
@@ -115,7 +115,7 @@ class RandomSource:
             return torch.zeros(shape).narrow(piece.axis, piece.start, piece.stop - piece.start)
         digest = hashlib.blake2b(f"{self._seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        residual = name.endswith(("o_proj.weight", "down_proj.weight", ".w2.weight"))
         std = 0.02 / (2 * a.layers) ** 0.5 if residual else 0.02
         full = torch.empty(shape).normal_(std=std, generator=generator)
         return full.narrow(piece.axis, piece.start, piece.stop - piece.start)
@@ -135,7 +135,7 @@ def load(chunks: list[Any], source: Source, architecture: Architecture, parallel
     """Set every parameter of this rank's chunks from `source`; vocabulary padding becomes zero."""
     for name, parameter in named_parameters(chunks):
         offset = 0
-        parts = pieces(name, architecture, parallel.tensor_rank, parallel.config.tensor)
+        parts = pieces(name, architecture, *cut(name, parallel))
         for piece in parts:
             length = piece.stop - piece.start
             parameter.narrow(piece.axis, offset, length).copy_(source.read(piece))

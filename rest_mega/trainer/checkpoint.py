@@ -204,9 +204,19 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
     with _refusing(folder):
         loaded = dist_checkpointing.load(_sharded(trainer, is_loading=True), str(folder))
         _set_parameters(trainer, loaded)
-        trainer.optimizer.load_state_dict(loaded["optimizer"])
+        trainer.optimizer.load_state_dict(_with_empty_states(loaded["optimizer"]))
     trainer.optimizer_steps = int(state["optimizer_steps"])
     return state
+
+
+def _with_empty_states(loaded: dict[Any, Any]) -> dict[Any, Any]:
+    """The optimizer's state, or those of its parts by number. mcore leaves an empty `state` out:
+    that of the experts' part on a stage without experts."""
+    for part in loaded.values() if 0 in loaded else (loaded,):
+        inner = part.get("optimizer", part)
+        if "param_groups" in inner and "param_state" not in part:  # not DistributedOptimizer's
+            inner.setdefault("state", {})
+    return loaded
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ import torch
 from rest_mega.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
 from rest_mega.losses import correction, objective
 from rest_mega.records import Floats, Microbatch, Sample, StepResult
+from rest_mega.trainer import experts, packing
 from rest_mega.trainer import model as models
 from rest_mega.trainer import optimizer as optimizers
-from rest_mega.trainer import packing
 from rest_mega.trainer.forward import Runner, local_part
 from rest_mega.trainer.global_rows import GlobalRows, Scores
 from rest_mega.trainer.parallel import Parallel
@@ -49,6 +49,7 @@ class Trainer:
         self._optimizer_config, self._loss, self._packing = optimizer, loss, packing
         self._total_steps = max(1, total_steps)
         self._temperature, self._head = temperature, model.head
+        self._aux_loss = model.moe_aux_loss
         self.modules = models.build(architecture, model, parallel)
         self.optimizer_steps = 0
 
@@ -225,6 +226,9 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self._aux_loss:
+            tokens = self.rows.total(np.array([float(sum(len(b.ids_T) for b in batches))]))
+            experts.scale_aux_loss(self.modules, self._aux_loss, float(tokens[0]))
         self._runner.train(batches, closure)
         lr = self._next_lr()
         norm, taken = optimizers.apply(self.optimizer, self._optimizer_config)

@@ -24,11 +24,11 @@ SGD = OptimizerConfig(
 TEMPERATURE = 0.8
 
 
-def small_case(folder: Path) -> tuple[str, Any]:
+def small_case(folder: Path, family: str = "qwen3") -> tuple[str, Any]:
     """(path, architecture) of a two-layer model; ranks need not import transformers."""
     from rest_mega.trainer.model import read_architecture
 
-    path = str(save_model(folder, "qwen3", num_hidden_layers=2))
+    path = str(save_model(folder, family, num_hidden_layers=2))
     return path, read_architecture(path)
 
 
@@ -48,6 +48,7 @@ class Bench:
         tokens: int = 4096,
         loss: LossConfig = LossConfig(),  # noqa: B008  # frozen
         path: str = "",
+        aux_loss: float = 0.0,
     ) -> Any:
         """A trainer with the parameters in `path`; empty: the bench's own checkpoint."""
         from rest_mega.sync.load import load, open_source
@@ -56,7 +57,7 @@ class Bench:
         trainer = Trainer(
             self.architecture,
             self.place,
-            model=ModelConfig(path=self.path, dtype=dtype),
+            model=ModelConfig(path=self.path, dtype=dtype, moe_aux_loss=aux_loss),
             optimizer=optimizer,
             loss=loss,
             packing=PackingConfig(tokens=tokens),

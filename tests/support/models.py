@@ -29,6 +29,9 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 128,
 }
 
+_EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False, "router_aux_loss_coef": 0.0}
+_QWEN_EXPERTS = _EXPERTS | {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": False}),
@@ -40,6 +43,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
         },
     ),
+    "qwen3_moe": ("Qwen3Moe", _QWEN_EXPERTS | {"norm_topk_prob": True}),
+    "qwen3_moe_mixed": (
+        "Qwen3Moe",
+        _QWEN_EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": [0, 1]},
+    ),
+    "mixtral": ("Mixtral", _EXPERTS | {"num_local_experts": 4}),
 }
 
 
