@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from rest_mega.config import ConfigError, require
 from rest_mega.sync import manifest
 from rest_mega.sync.byte_ranges import Buffer, Rows, blocks
-from rest_mega.sync.checksums import Checksums
 from rest_mega.sync.export import copy_side_files
 from rest_mega.sync.load import open_rows
+from rest_mega.sync.moving import Mover, dtype_name, read_back
 from rest_mega.sync.names import hf_names, hf_shape
 from rest_mega.sync.places import Place, Places, find_places
 from rest_mega.sync.safetensors_files import SHARD_BYTES, Entry, SafetensorsFile, plan, write_index
@@ -97,7 +96,7 @@ def convert(job: Job, parallel: Parallel) -> None:
     places = find_places(job.architecture, parallel)
     rows = _open(job.source, job.architecture, places)
     with _appearing(job.target) as partial:
-        mover = _Mover(rows, job.architecture, job.quiet)
+        mover = Mover(rows, job.architecture, job.quiet)
         dtypes = (
             _write_torch_dist(job, places, mover, partial)
             if job.to_torch_dist
@@ -107,13 +106,13 @@ def convert(job: Job, parallel: Parallel) -> None:
         if known is not None:
             _compare(job.source, "was damaged since its conversion", _sums(known), read)
         if job.verify:
-            back = _read_back(partial, job.architecture, places, job.quiet)
+            back = read_back(_open(partial, job.architecture, places), job.architecture, job.quiet)
             _compare(job.target, "does not read back as it was written", written, back)
         tensors = {
             name: {
                 "shape": list(hf_shape(name, job.architecture)),
-                "source": {"dtype": _name(rows.dtype(name)), "checksum": read[name]},
-                "result": {"dtype": _name(dtypes[name]), "checksum": written[name]},
+                "source": {"dtype": dtype_name(rows.dtype(name)), "checksum": read[name]},
+                "result": {"dtype": dtype_name(dtypes[name]), "checksum": written[name]},
             }
             for name in hf_names(job.architecture)
         }
@@ -127,7 +126,9 @@ def check(folder: Path, parallel: Parallel, *, quiet: bool = False) -> int:
     known = manifest.check(folder, architecture)
     if known is None:
         raise ConfigError(f"{folder} has no {manifest.NAME}; only conversions can be checked")
-    found = _read_back(folder, architecture, find_places(architecture, parallel), quiet)
+    found = read_back(
+        _open(folder, architecture, find_places(architecture, parallel)), architecture, quiet
+    )
     _compare(folder, "was damaged since its conversion", _sums(known), found)
     return len(found)
 
@@ -176,106 +177,16 @@ def _compare(folder: Path, what: str, want: Mapping[str, str], found: Mapping[st
         )
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _main_dtype(dtypes: Mapping[str, torch.dtype]) -> str:
-    names = [_name(dtype) for dtype in dtypes.values()]
+    names = [dtype_name(dtype) for dtype in dtypes.values()]
     return max(set(names), key=names.count)
-
-
-# ------------------------------------------------------------------ moving rows
-
-
-class _Mover:
-    """Reads rows, casts them where asked, and keeps the sums of what was read and what came of
-    it."""
-
-    def __init__(self, rows: Rows, architecture: Architecture, quiet: bool) -> None:
-        self._rows, self._scratch = rows, Buffer()
-        self._read, self._made = Checksums(), Checksums()
-        self._cast: set[str] = set()
-        total = _total_bytes(rows, architecture)
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=quiet or None)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Of the source."""
-        return self._rows.dtype(name)
-
-    def names(self) -> list[str]:
-        """Of the source, in its order."""
-        return self._rows.names()
-
-    def fill(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with rows of a Hugging Face tensor, the next after those filled before; it
-        must stay as it is until `settle`."""
-        dtype = self._rows.dtype(name)
-        if dtype == out.dtype:
-            self._rows.read(name, start, out)
-            self._read.update(name, out)
-        else:
-            self._cast.add(name)
-            raw = self._scratch.take(tuple(out.shape), dtype)
-            self._rows.read(name, start, raw)
-            self._read.update(name, raw)
-            out.copy_(raw)
-            _check_range(name, raw, out)
-            self._read.settle()
-            self._made.update(name, out)
-        self._bar.update(out.numel() * dtype.itemsize)
-
-    def settle(self) -> None:
-        """Wait until what was filled may be overwritten."""
-        self._read.settle()
-        self._made.settle()
-
-    def finish(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Sums by name: of the source's bytes, and in the result's dtype."""
-        self._bar.close()
-        read, made = self._read.finish(), self._made.finish()
-        return read, read | made
-
-
-def _total_bytes(rows: Rows, architecture: Architecture) -> int:
-    return sum(
-        Entry(name, hf_shape(name, architecture), rows.dtype(name)).nbytes
-        for name in hf_names(architecture)
-    )
-
-
-def _check_range(name: str, raw: torch.Tensor, out: torch.Tensor) -> None:
-    if bool((raw.isfinite() & ~out.isfinite()).any()):
-        raise ConfigError(
-            f"{name} has values beyond the range of {_name(out.dtype)} (up to "
-            f"{float(raw.float().abs().nan_to_num(0, 0).max()):.3g}); use --dtype bf16 or fp32"
-        )
-
-
-def _read_back(
-    folder: Path, architecture: Architecture, places: Places, quiet: bool
-) -> dict[str, str]:
-    """The sums of every tensor of a finished folder."""
-    rows, sums, buffers = _open(folder, architecture, places), Checksums(), (Buffer(), Buffer())
-    total = _total_bytes(rows, architecture)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=quiet or None) as bar:
-        for name in hf_names(architecture):
-            shape, dtype = hf_shape(name, architecture), rows.dtype(name)
-            for number, (start, stop) in enumerate(blocks(shape, dtype)):
-                block = buffers[number % 2].take((stop - start, *shape[1:]), dtype)
-                rows.read(name, start, block)
-                sums.settle()  # of the other buffer, summed while this one was filled
-                sums.update(name, block)
-                bar.update(block.nbytes)
-            sums.settle()
-    return sums.finish()
 
 
 # ------------------------------------------------------------------ the two directions
 
 
 def _write_torch_dist(
-    job: Job, places: Places, mover: _Mover, folder: Path
+    job: Job, places: Places, mover: Mover, folder: Path
 ) -> dict[str, torch.dtype]:
     """Block after block of every parameter; the dtype of each Hugging Face tensor in it."""
     dtypes = _key_dtypes(places, mover, job.dtype)
@@ -292,9 +203,7 @@ def _write_torch_dist(
     return {p.hf_name: dtypes[place.key] for place in places.parameters for p in place.pieces}
 
 
-def _key_dtypes(
-    places: Places, mover: _Mover, wanted: torch.dtype | None
-) -> dict[str, torch.dtype]:
+def _key_dtypes(places: Places, mover: Mover, wanted: torch.dtype | None) -> dict[str, torch.dtype]:
     """A key's tensor has one dtype: the wanted one, or one that holds all its pieces exactly."""
     parts: dict[str, list[torch.dtype]] = {}
     for place in places.parameters:
@@ -305,7 +214,7 @@ def _key_dtypes(
     }
 
 
-def _fill_block(place: Place, start: int, block: torch.Tensor, mover: _Mover) -> None:
+def _fill_block(place: Place, start: int, block: torch.Tensor, mover: Mover) -> None:
     """Rows of a parameter from `start` on: parts of its pieces, then padding."""
     row, stop = 0, start + block.shape[0]
     for piece in place.pieces:
@@ -317,7 +226,7 @@ def _fill_block(place: Place, start: int, block: torch.Tensor, mover: _Mover) ->
     block[max(row - start, 0) :] = 0
 
 
-def _write_safetensors(job: Job, mover: _Mover, folder: Path) -> dict[str, torch.dtype]:
+def _write_safetensors(job: Job, mover: Mover, folder: Path) -> dict[str, torch.dtype]:
     """File after file, tensor after tensor; the dtype of each."""
     dtypes = {name: job.dtype or mover.dtype(name) for name in mover.names()}
     entries = [Entry(n, hf_shape(n, job.architecture), dtype) for n, dtype in dtypes.items()]

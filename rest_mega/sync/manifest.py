@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rest_mega.config import ConfigError
-from rest_mega.sync.checksums import ALGORITHM
+from rest_mega.sync.moving import ALGORITHM
 from rest_mega.trainer.model import Architecture
 
 NAME = "manifest.json"
