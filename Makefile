@@ -7,19 +7,25 @@ TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 ARGS ?=
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 
 .PHONY: setup quickstart test lint format type pytest slow clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(RUNS): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(BIN)/pip install --quiet --editable .
+	touch $(RUNS)
+
+# What developers need besides (Triton alone is 200 MB).
+$(STAMP): $(RUNS)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
 
-quickstart: setup
+quickstart: $(RUNS)
 	PATH="$(abspath $(BIN)):$$PATH" examples/quickstart/run.sh $(ARGS)
 
 test: lint type pytest

@@ -52,6 +52,10 @@ class ModelConfig:
     layers: str = "auto"
     """te: Transformer Engine's layers; local: torch SDPA attention; auto: te where it is installed
     on a GPU."""
+    head: str = "auto"
+    """What walks the LM head's logits: chunked (torch's matmuls, a tile at a time, any device),
+    triton (kernels for CUDA) or auto (triton for bf16 on CUDA where it is installed, else
+    chunked)."""
     recompute: str = "none"
     """none, selective (attention) or full (every layer): activations recomputed in the backward
     pass."""
@@ -59,6 +63,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("fp32", "bf16"))
         one_of("model.layers", self.layers, ("auto", "te", "local"))
+        one_of("model.head", self.head, ("auto", "chunked", "triton"))
         one_of("model.recompute", self.recompute, ("none", "selective", "full"))
         one_of("model.init", self.init, ("load", "random"))
 
@@ -92,10 +97,6 @@ class ParallelConfig:
     """Expert-parallel size (Megatron: expert_model_parallel_size)."""
     sequence: bool = False
     """Sequence parallelism inside the tensor-parallel group (Megatron: sequence_parallel)."""
-    timeout_s: float = 600.0
-    """Deadline of every collective of the training step, in seconds."""
-    rollout_timeout_s: float = 3600.0
-    """Deadline for a replica's ranks to wait for their lead's rollouts, in seconds."""
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert"):
@@ -109,9 +110,6 @@ class ParallelConfig:
             self.virtual_pipeline == 1 or self.pipeline > 1,
             f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1",
         )
-        for name in ("timeout_s", "rollout_timeout_s"):
-            seconds = getattr(self, name)
-            require(seconds > 0, f"parallel.{name}={seconds} must be positive")
 
     @property
     def replica_size(self) -> int:
@@ -565,7 +563,9 @@ class LoopConfig:
     save_every: int = 50
     """Checkpoint every this many steps besides the last; 0: only the last."""
     keep_checkpoints: int = 2
-    """Older checkpoints are removed."""
+    """Older checkpoints are removed; 2 or more, so that one is left when the newest is damaged."""
+    async_save: bool = True
+    """Write checkpoints from a forked child while training goes on; false: training waits."""
     export: bool = True
     """Write the final weights as a Hugging Face checkpoint (RUN/hf)."""
     fresh: bool = False
@@ -580,6 +580,40 @@ class LoopConfig:
             f"run.keep_checkpoints={self.keep_checkpoints} must be at least 1",
         )
         require(0 <= self.seed < 2**31, f"run.seed={self.seed} must be in [0, 2^31)")
+
+
+@dataclass(frozen=True)
+class DeadlineConfig:
+    """How long each phase of a run may last, in seconds: a rank that is still in it afterwards says
+    which ranks have not come as far, every rank writes its stacks to RUN/hang, and the run ends."""
+
+    start: float = 3600.0
+    """Reading the checkpoint, building model, optimizer and engine."""
+    rollout: float = 7200.0
+    """One step's rollouts, tool calls included."""
+    score: float = 1800.0
+    """One scoring pass."""
+    train: float = 1800.0
+    """One step's optimizer steps."""
+    publish: float = 900.0
+    """Handing the parameters to the engine."""
+    evaluate: float = 7200.0
+    """One evaluation."""
+    save: float = 1800.0
+    """What saving costs the loop: planning a checkpoint, waiting for the one before it, the
+    export."""
+    loop: float = 600.0
+    """Between two phases."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            seconds = getattr(self, item.name)
+            require(seconds > 0, f"deadlines.{item.name}={seconds} must be positive")
+
+    @property
+    def collective(self) -> float:
+        """Deadline of a single collective: past every phase's, whose watchdog tells more."""
+        return float(max(dataclasses.asdict(self).values())) + 60.0
 
 
 @dataclass(frozen=True)
@@ -601,6 +635,7 @@ class RunConfig:
     sft: SftConfig = field(default_factory=SftConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
 
     def __post_init__(self) -> None:
         require(

@@ -25,9 +25,9 @@ def main(words: Sequence[str]) -> int:
         launch.world_size() == 1,
         f"convert runs in one process, not in {launch.world_size()}; call it without torchrun",
     )
-    from rest_mega.trainer import checkpoint
+    from rest_mega.trainer import checkpoint_files
 
-    source = checkpoint.newest(given.source) or given.source
+    source = checkpoint_files.newest(given.source) or given.source
     if given.target is None:
         return _check(source, quiet=given.quiet)
     from rest_mega.sync import convert

@@ -30,11 +30,8 @@ def run(config: RunConfig, inputs: Inputs) -> int:
     """Train with ResT until `run.steps`, from the newest checkpoint of the run directory; returns
     the exit code."""
     total = config.run.steps * config.loss.optimizer_steps
-    session = open_session(config, inputs, "train", total_steps=total, rollouts=True)
-    try:
+    with open_session(config, inputs, "train", total_steps=total, rollouts=True) as session:
         return Loop(session).run()
-    finally:
-        session.close()
 
 
 class Loop:
@@ -74,14 +71,14 @@ class Loop:
         not begun."""
         s, config, step = self.s, self.config, self.step + 1
         cursor = self.stream.state()
-        with s.reporter.phase("rollout"):
+        with s.phase("rollout"):
             mine, view = self._rollout(step, self._my_prompts())
             samples = share_samples(self.place, mine)
             if self.place.sum_one(samples is None or s.stop()) > 0:
                 self.stream.load(cursor)
                 return False
         assert samples is not None
-        with s.reporter.phase("score"):
+        with s.phase("score"):
             parts = s.trainer.pack(samples, config.loss.optimizer_steps)
             scores = s.trainer.score(parts)
             scored = s.trainer.rows.region_sums(parts, scores, len(Region))
@@ -94,7 +91,7 @@ class Loop:
         ]
         rule = token_rule(config.credit, step)
         parts = s.trainer.rows.scale_advantages(parts, scores, weights, rule)
-        with s.reporter.phase("train"):
+        with s.phase("train"):
             results = [s.trainer.step(*part) for part in zip(parts, scores, weights, strict=True)]
         seen = s.trainer.rows.region_sums(parts, scores, len(Region))
         # What only the training pass has seen (loss.scoring=false) is for the next step.

@@ -31,6 +31,7 @@ from rest_mega.sync.names import hf_names, hf_shape
 from rest_mega.sync.places import Place, Places, find_places
 from rest_mega.sync.safetensors_files import SHARD_BYTES, Entry, SafetensorsFile, plan, write_index
 from rest_mega.sync.torch_dist import TorchDistRows, TorchDistWriter, is_torch_dist
+from rest_mega.trainer.checkpoint_files import STATE, damage, damaged_file, read_manifest
 from rest_mega.trainer.model import Architecture, read_architecture
 from rest_mega.trainer.parallel import Parallel
 
@@ -93,6 +94,8 @@ def convert(job: Job, parallel: Parallel) -> None:
     when the result does not read back as it was written.
     """
     known = manifest.check(job.source, job.architecture)
+    if (job.source / STATE).is_file():
+        _check_runs_own(job.source, contents=job.verify)
     places = find_places(job.architecture, parallel)
     rows = _open(job.source, job.architecture, places)
     with _appearing(job.target) as partial:
@@ -131,6 +134,14 @@ def check(folder: Path, parallel: Parallel, *, quiet: bool = False) -> int:
     )
     _compare(folder, "was damaged since its conversion", _sums(known), found)
     return len(found)
+
+
+def _check_runs_own(folder: Path, *, contents: bool) -> None:
+    """ConfigError when a run's checkpoint differs from the manifest that the run wrote."""
+    problem = damage(folder)
+    if not problem and contents:
+        problem = damaged_file(folder, read_manifest(folder))
+    require(not problem, f"{problem}; convert the checkpoint before it")
 
 
 def _open(folder: Path, architecture: Architecture, places: Places) -> Rows:

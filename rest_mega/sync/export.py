@@ -26,7 +26,7 @@ from rest_mega.trainer.parallel import Parallel
 
 NamedTensor = tuple[str, torch.Tensor]
 
-NOT_SIDE_FILES = ("manifest.json", "metadata.json", "run_state.json")
+NOT_SIDE_FILES = ("conversion.json", "manifest.json", "metadata.json", "run_state.json")
 """JSON files of a checkpoint folder that speak of its own tensors or run."""
 
 

@@ -1,5 +1,5 @@
-"""manifest.json of a converted checkpoint: what was read, what was written, and whether it still
-fits.
+"""conversion.json, the manifest of a converted checkpoint: what was read and written, whether it
+still fits.
 
 `check` is quick (sizes, small files, the architecture): it runs before every load. Every byte is
 compared by `rest-mega convert FOLDER`.
@@ -20,7 +20,7 @@ from rest_mega.config import ConfigError
 from rest_mega.sync.moving import ALGORITHM
 from rest_mega.trainer.model import Architecture
 
-NAME = "manifest.json"
+NAME = "conversion.json"
 REMEDY = "convert the checkpoint anew, or fetch the folder again"
 _PACKAGES = ("rest-mega", "torch", "megatron-core")
 _DATA = (".safetensors", ".distcp")

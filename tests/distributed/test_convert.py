@@ -136,7 +136,9 @@ def _train_and_save(path: str, folder: str, sizes: dict[str, Any]) -> dict[str, 
     trainer = bench.trainer(OptimizerConfig(lr=0.01))
     bench.step(trainer, random_samples())
     state = {"verb": "train", "config": {"model": {"path": path}}}
-    checkpoint.save(trainer, Path(folder), 1, state, 1)
+    saver = checkpoint.Saver(trainer, Path(folder), 1)
+    saver.begin(1, state)
+    saver.finish()
     exporter = Exporter(trainer.modules, bench.architecture, bench.place)
     return {n: t.numpy() for n, t in exporter.stream()}
 
@@ -287,7 +289,7 @@ def test_damage_is_refused_with_the_remedy(root: Path, tmp_path: Path) -> None:
     (cut / "__0_0.distcp").write_bytes(data[:-1])
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
-    (bare / "manifest.json").unlink()
+    (bare / "conversion.json").unlink()
     (bare / "__0_0.distcp").write_bytes(data[: len(data) // 3])
     answers = run_words(
         [flipped],
@@ -303,11 +305,11 @@ def test_damage_is_refused_with_the_remedy(root: Path, tmp_path: Path) -> None:
     wanted = [
         "was damaged since its conversion.*1 tensors in all.*convert the checkpoint anew",
         "was damaged since its conversion.*1 tensors in all.*convert the checkpoint anew",
-        "__0_0.distcp is not the file of manifest.json.*convert the checkpoint anew",
+        "__0_0.distcp is not the file of conversion.json.*convert the checkpoint anew",
         "converted with norm_eps=1e-06, config.json now says 0.1; restore config.json",
         "hold no chunk of shape|ends before byte",
-        "has no manifest.json; only conversions can be checked",
-        "has no manifest.json; only conversions can be checked",
+        "has no conversion.json; only conversions can be checked",
+        "has no conversion.json; only conversions can be checked",
         "exists already; move it away or name another folder",
         "is no folder; name a checkpoint folder",
     ]
@@ -327,15 +329,17 @@ def test_the_trainers_loading_refuses_what_does_not_fit_its_manifest(
         folder = Path(shutil.copytree(root / kind / "qwen3 tied", tmp_path / kind))
         a = read_architecture(str(folder))
         open_source(str(folder), "load", a, 0)
-        text = (folder / "manifest.json").read_text()
+        text = (folder / "conversion.json").read_text()
         for damaged in (text[:-20], text.replace("result", "tluser", 1), "", "[]"):
-            (folder / "manifest.json").write_text(damaged)
-            with pytest.raises(ConfigError, match=r"manifest\.json is damaged.*convert the check"):
+            (folder / "conversion.json").write_text(damaged)
+            with pytest.raises(
+                ConfigError, match=r"conversion\.json is damaged.*convert the check"
+            ):
                 open_source(str(folder), "load", a, 0)
-        (folder / "manifest.json").write_text(text)
+        (folder / "conversion.json").write_text(text)
         file = next(f for f in folder.iterdir() if f.suffix in (".distcp", ".safetensors"))
         file.write_bytes(file.read_bytes() + b"\0")
-        with pytest.raises(ConfigError, match=rf"{file.name} is not the file of manifest"):
+        with pytest.raises(ConfigError, match=rf"{file.name} is not the file of conversion"):
             open_source(str(folder), "load", a, 0)
 
 
@@ -343,7 +347,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_names_it_lacks(
     root: Path, tmp_path: Path
 ) -> None:
     bare = Path(shutil.copytree(root / "td" / "qwen3 tied", tmp_path / "bare"))
-    for name in ("manifest.json", "config.json"):
+    for name in ("conversion.json", "config.json"):
         (bare / name).unlink()
     hf = root / "hf"
     answers = run_words(
