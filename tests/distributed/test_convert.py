@@ -136,6 +136,7 @@ def _train_and_save(path: str, folder: str, sizes: dict[str, Any]) -> dict[str, 
     trainer = bench.trainer(OptimizerConfig(lr=0.01))
     bench.step(trainer, random_samples())
     state = {"verb": "train", "config": {"model": {"path": path}}}
+    (Path(folder) / "checkpoints").mkdir(parents=True, exist_ok=True)
     saver = checkpoint.Saver(trainer, Path(folder), 1)
     saver.begin(1, state)
     saver.finish()
