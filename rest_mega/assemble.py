@@ -206,7 +206,7 @@ def _open(
     reporter = Reporter(
         run_dir,
         config.telemetry,
-        total_steps=config.run.steps,
+        total_steps=config.run.last_step,
         active=place.is_head and trains,
         resume_step=resumed.get("step"),
         region_names=[region.name for region in Region],

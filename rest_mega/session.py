@@ -88,7 +88,8 @@ class Session:
         count = sum(math.prod(hf_shape(name, a)) for name in hf_names(a))
         size = f"{count / 1e6:.1f} M" if count < 1e9 else f"{count / 1e9:.1f} B"
         layout = f"TP {sizes.tensor} x PP {sizes.pipeline} x CP {sizes.context}"
-        todo = f"steps {step + 1} to {run.steps}" if step < run.steps else f"all {step} steps done"
+        last = run.last_step
+        todo = f"steps {step + 1} to {last}" if step < last else f"all {step} steps done"
         self.reporter.event(
             "start",
             f"{self.verb}: {size} parameters from {self.config.model.path}, {layout} x DP "
@@ -155,6 +156,11 @@ class Session:
         if self._due(self.config.run.save_every, step):
             self.save(step, **state)
 
+    def keep(self, step: int, **state: Any) -> None:
+        """Save `step`, and wait until the checkpoint is whole."""
+        self.save(step, **state)
+        self._finish_saving()
+
     def _finish_saving(self) -> None:
         with self.phase("save"):
             self._tell_saved(self.saver.finish())
@@ -165,8 +171,7 @@ class Session:
 
     def interrupt(self, step: int, **state: Any) -> int:
         """Save what was reached; returns the exit code of an interrupted run."""
-        self.save(step, **state)
-        self._finish_saving()
+        self.keep(step, **state)
         code = self.interrupted()
         self.reporter.event(
             "interrupted",
@@ -197,7 +202,7 @@ class Session:
         return 0
 
     def _due(self, every: int, step: int) -> bool:
-        return step == self.config.run.steps or (every > 0 and step > 0 and step % every == 0)
+        return step == self.config.run.last_step or (every > 0 and step > 0 and step % every == 0)
 
     def __enter__(self) -> Session:
         return self

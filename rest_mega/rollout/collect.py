@@ -29,6 +29,12 @@ class _Episode:
     stop: str = ""
 
 
+def turn_seed(seed: object, prompt: str, sibling: int, turn: int) -> int:
+    """What decides a turn's draws: the seed of the collection, the prompt's id, sibling and
+    turn."""
+    return seed_of(seed, prompt, sibling, turn)
+
+
 def check_prompts(prompts: Sequence[Prompt], chat: ChatFormat, max_tokens: int) -> None:
     """ConfigError when a prompt's environment is unknown or refuses its task, or when the prompt
     leaves no room to reply."""
@@ -93,7 +99,9 @@ class Collector:
                 break
             if self._stop():
                 return None
-            requests = [self._request(e, (seed, e.prompt.id, e.sibling, turn)) for e in active]
+            requests = [
+                self._request(e, turn_seed(seed, e.prompt.id, e.sibling, turn)) for e in active
+            ]
             for episode, done in zip(
                 active, self._engine.generate(requests, sampling), strict=True
             ):
@@ -106,9 +114,9 @@ class Collector:
         ids = _prompt_ids(prompt, worlds[0], self._chat, self._config.max_tokens)
         return [_Episode(prompt, g, world, Ledger(ids)) for g, world in enumerate(worlds)]
 
-    def _request(self, episode: _Episode, seed: tuple[object, ...]) -> Request:
+    def _request(self, episode: _Episode, seed: int) -> Request:
         room = self._config.max_tokens - len(episode.ledger)
-        return Request(episode.ledger.ids_T, min(self._config.max_new_tokens, room), seed_of(*seed))
+        return Request(episode.ledger.ids_T, min(self._config.max_new_tokens, room), seed)
 
     def _advance(self, episode: _Episode, done: Completion, turn: int) -> None:
         """Record a sampled turn, answer its calls, and say whether the episode goes on."""
