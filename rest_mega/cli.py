@@ -1,5 +1,5 @@
 """Command line: VERB CONFIG.yaml [section.key=value ...] [--megatron-name value ...] -> RunConfig
--> the verb."""
+-> the verb; or a verb with words of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 import importlib
 import sys
 import traceback
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ VERBS = {
     "sft": ("rest_mega.sft", "supervised warm start on chat dialogues"),
     "eval": ("rest_mega.evaluate", "held-out success of a checkpoint, without training"),
 }
+
+OWN_WORDS = {
+    "convert": ("rest_mega.convert", "Hugging Face <-> Megatron checkpoint: SOURCE TARGET"),
+}
+"""Verbs without a config: their module's `main` reads what follows."""
 
 MEGATRON_ALIASES = {
     "--tensor-model-parallel-size": "parallel.tensor",
@@ -53,6 +58,7 @@ NO_COUNTERPART = {
 }
 """Names of Megatron's that many type, and what to write instead."""
 
+_BEFORE_TRAINING = "interrupted before training began"
 _FLAGS = ("--sequence-parallel", "--use-distributed-optimizer", "--fresh")
 
 HELP = """usage: rest-mega VERB CONFIG.yaml [section.key=value ...] [--megatron-name value ...]
@@ -61,7 +67,8 @@ HELP = """usage: rest-mega VERB CONFIG.yaml [section.key=value ...] [--megatron-
 verbs:
 {verbs}
 
-Relative paths are relative to the current directory. `rest-mega keys` lists every config key.
+Relative paths are relative to the current directory. `rest-mega keys` lists every config key,
+`rest-mega convert --help` what follows that verb.
 """
 
 
@@ -73,13 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
+        verbs = (VERBS | OWN_WORDS).items()
         sys.stdout.write(
-            HELP.format(verbs="\n".join(f"  {verb:6} {text}" for verb, (_, text) in VERBS.items()))
+            HELP.format(verbs="\n".join(f"  {verb:7} {text}" for verb, (_, text) in verbs))
         )
         return 0 if words else 2
     if words[0] == "keys":
         sys.stdout.write("\n".join(known_keys()) + "\n")
         return 0
+    if words[0] in OWN_WORDS:
+        module = importlib.import_module(OWN_WORDS[words[0]][0])
+        return _run(lambda: module.main(words[1:]), "interrupted")
     try:
         verb, config = read(words)
         module = importlib.import_module(VERBS[verb][0])
@@ -90,18 +101,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return _interrupted()
-    return _run(module, config, inputs)
+    return _run(lambda: module.run(config, inputs))
 
 
-def _run(module: Any, config: RunConfig, inputs: Any) -> int:
+def _run(verb: Callable[[], int], if_interrupted: str = _BEFORE_TRAINING) -> int:
     try:
-        return int(module.run(config, inputs))
+        return int(verb())
     except ConfigError as error:
         who = f" [rank {launch.rank()}]" if launch.world_size() > 1 else ""
         sys.stderr.write(f"rest-mega{who}: {error}\n")
         return 2
     except KeyboardInterrupt:
-        return _interrupted()
+        return _interrupted(if_interrupted)
     except Exception:
         # Tell why before torchrun ends the peers that now wait for this rank.
         traceback.print_exc()
@@ -109,18 +120,18 @@ def _run(module: Any, config: RunConfig, inputs: Any) -> int:
         return 1
 
 
-def _interrupted() -> int:
-    sys.stderr.write("rest-mega: interrupted before training began\n")
+def _interrupted(what: str = _BEFORE_TRAINING) -> int:
+    sys.stderr.write(f"rest-mega: {what}\n")
     return 130
 
 
 def read(words: Sequence[str]) -> tuple[str, RunConfig]:
     """(verb, config) of a command line; ConfigError names what is unknown and the nearest known
     names."""
-    verb, rest = words[0], list(words[1:])
+    verb, rest, known = words[0], list(words[1:]), [*VERBS, *OWN_WORDS]
     if verb not in VERBS:
         raise ConfigError(
-            f"unknown verb {verb!r}; choose one of {', '.join(VERBS)}{_near(verb, list(VERBS))}"
+            f"unknown verb {verb!r}; choose one of {', '.join(known)}{_near(verb, known)}"
         )
     if not rest or "=" in rest[0] or rest[0].startswith("--"):
         raise ConfigError(

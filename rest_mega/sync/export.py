@@ -23,13 +23,14 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from rest_mega.sync.names import Piece, hf_names, hf_shape, is_expert, named_parameters, pieces
+from rest_mega.sync.safetensors_files import SHARD_BYTES, shard_name, write_index
 from rest_mega.trainer.model import Architecture
 from rest_mega.trainer.parallel import Parallel
 
 NamedTensor = tuple[str, torch.Tensor]
 
-SHARD_BYTES = 5 * 2**30
-"""Tensors of one exported file at most, unless one tensor alone is larger."""
+NOT_SIDE_FILES = ("conversion.json", "manifest.json", "metadata.json", "run_state.json")
+"""JSON files of a checkpoint folder that speak of its own tensors or run."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def save_hf(
     written, dtype = _write_shards(stream, partial, shard_bytes)
     missing = [name for name in hf_names(architecture) if name not in written]
     assert not missing, f"export lacks {missing[:5]}"
-    _copy_side_files([Path(source), *([Path(tokenizer)] if tokenizer else [])], partial, dtype)
+    copy_side_files([Path(source), *([Path(tokenizer)] if tokenizer else [])], partial, dtype)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
@@ -200,28 +201,21 @@ def _write_shards(
         held[name], total = tensor, total + tensor.nbytes
         dtype = str(tensor.dtype).removeprefix("torch.")
     flush()
-    names = {file: _shard_name(n, len(files)) for n, file in enumerate(files, start=1)}
+    names = {file: shard_name(n, len(files)) for n, file in enumerate(files, start=1)}
     for file, name in names.items():
         file.rename(folder / name)
-    if len(files) > 1:
-        weight_map = {name: names[file] for name, file in where.items()}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    by_file = {names[f]: [name for name, file in where.items() if file == f] for f in files}
+    write_index(folder, by_file, total)
     return where, dtype
 
 
-def _shard_name(number: int, count: int) -> str:
-    if count == 1:
-        return "model.safetensors"
-    return f"model-{number:05d}-of-{count:05d}.safetensors"
-
-
-def _copy_side_files(sources: list[Path], target: Path, dtype: str) -> None:
+def copy_side_files(sources: list[Path], target: Path, dtype: str) -> None:
     """config.json of the first source; tokenizer and template files of all, the last winning."""
     for source in sources:
         for file in sorted(source.iterdir()) if source.is_dir() else [source]:
             keep = file.suffix in (".json", ".jinja", ".model", ".txt")
-            if keep and not file.name.endswith(".index.json"):
+            own = file.name in NOT_SIDE_FILES or file.name.endswith(".index.json")
+            if keep and not own:
                 (target / file.name).write_bytes(file.read_bytes())
     config = json.loads((sources[0] / "config.json").read_text())
     config.pop("torch_dtype", None)

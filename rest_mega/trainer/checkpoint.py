@@ -231,18 +231,22 @@ def load_parameters(trainer: Trainer, folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
-    """Whatever goes wrong while `folder` is read becomes a ConfigError."""
+def refusing(what: str, remedy: str) -> Iterator[None]:
+    """Whatever goes wrong while a checkpoint is read becomes a ConfigError."""
     from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but its base
 
     try:
         yield
     except (Exception, CheckpointException) as error:
-        raise ConfigError(
-            f"checkpoint {folder} does not load ({_cause(error)}); if files are damaged, move it "
-            "away to resume from the one before; if the model or the optimizer changed, use "
-            "another run.dir or run.fresh=true"
-        ) from error
+        raise ConfigError(f"{what} ({_cause(error)}); {remedy}") from error
+
+
+def _refusing(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return refusing(
+        f"checkpoint {folder} does not load",
+        "if files are damaged, move it away to resume from the one before; if the model or the "
+        "optimizer changed, use another run.dir or run.fresh=true",
+    )
 
 
 def _cause(error: BaseException) -> str:
