@@ -149,7 +149,7 @@ def _prompt(place: str, row: Mapping[str, Any]) -> Prompt:
     )
     return Prompt(
         id=str(name),
-        messages=_messages(place, "messages", row.get("messages"), last=("user", "tool")),
+        messages=messages_of(place, "messages", row.get("messages"), last=("user", "tool")),
         tools=_tools(place, row.get("tools", [])),
         environment=environment,
         task=task,
@@ -158,11 +158,11 @@ def _prompt(place: str, row: Mapping[str, Any]) -> Prompt:
 
 def _dialogue(place: str, row: Mapping[str, Any]) -> Dialogue:
     known_keys(place, row, DIALOGUE_KEYS)
-    messages = _messages(place, "messages", row.get("messages"), last=("assistant",))
+    messages = messages_of(place, "messages", row.get("messages"), last=("assistant",))
     return messages, _tools(place, row.get("tools", []))
 
 
-def _messages(place: str, key: str, messages: object, last: Sequence[str]) -> tuple[Message, ...]:
+def messages_of(place: str, key: str, messages: object, last: Sequence[str]) -> tuple[Message, ...]:
     """`messages` as checked OpenAI chat messages, the last of which has one of the roles `last`."""
     rule = 'a list of {"role", "content"} that is not empty'
     if not isinstance(messages, list) or not messages:
@@ -225,18 +225,18 @@ def _toolrl_prompt(place: str, row: Mapping[str, Any], name: str) -> Prompt:
     source, split = row.get("data_source", "toolrl"), extra.get("split", "row")
     return Prompt(
         id=f"{source}-{split}-{extra.get('index', name)}",
-        messages=_messages(place, "prompt", row["prompt"], last=("user", "tool")),
+        messages=messages_of(place, "prompt", row["prompt"], last=("user", "tool")),
         task=toolrl_task(place, str(gold)),
     )
 
 
-def toolrl_task(place: str, gold: str) -> dict[str, Any]:
-    """What the rewards read of a gold reply in ToolRL's format."""
+def toolrl_task(place: str, gold: str, key: str = "reward_model.ground_truth") -> dict[str, Any]:
+    """What the rewards read of a gold reply in ToolRL's format, which stands in the row's `key`."""
     reply = dialects.parse(gold.encode(), "toolrl")
     expect(
         reply.well_formed,
         place,
-        "reward_model.ground_truth",
+        key,
         gold,
         "a reply in ToolRL's format",
         reply.error,

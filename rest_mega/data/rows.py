@@ -6,6 +6,7 @@ A place is "path:line", in .json and .parquet files "path: row N", counted from 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,6 +76,12 @@ def expect(
     more = f" ({detail})" if detail else ""
     general = re.sub(r"\[\d+\]", "[]", key)
     raise RowError(place, f"{key}={shown} must be {rule}{more}", f"{general} must be {rule}")
+
+
+def digest(*parts: object) -> str:
+    """32 hexadecimal digits that depend on the parts' JSON alone, not on the order of keys."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def known_keys(place: str, row: Mapping[str, Any], known: Sequence[str], note: str = "") -> None:
