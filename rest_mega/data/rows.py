@@ -103,7 +103,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 def _parsed(line: bytes, place: str) -> Row:
     try:
-        return Row(place, _json(line, place))
+        return Row(place, _json(line.rstrip(b"\r\n"), place))
     except RowError as error:
         return Row(place, line.decode("utf-8", "replace").rstrip("\r\n"), error)
 
