@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test lint format type pytest slow clean
+.PHONY: setup bfcl quickstart test lint format type pytest slow clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ $(RUNS): pyproject.toml
 $(STAMP): $(RUNS)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
+
+# BFCL's backends without the hundred dependencies of its package, for the environment "bfcl" and its tests.
+bfcl: setup
+	$(BIN)/pip install --quiet --no-deps 'bfcl-eval>=2026.3' mpmath
 
 quickstart: $(RUNS)
 	PATH="$(abspath $(BIN)):$$PATH" examples/quickstart/run.sh $(ARGS)

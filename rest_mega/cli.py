@@ -68,8 +68,8 @@ Relative paths are relative to the current directory. `rest-mega keys` lists eve
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code.
 
-    0 done, 1 failed, 2 bad input, 70 a phase beyond its deadline, 130 Ctrl-C and 143 SIGTERM (both
-    after saving).
+    0 done, 1 failed, 2 bad input, 3 stopped by the guard, 4 losses not finite, 70 a phase beyond
+    its deadline, 130 Ctrl-C and 143 SIGTERM (both after saving).
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):

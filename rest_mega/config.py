@@ -46,6 +46,11 @@ class ModelConfig:
     init: str = "load"
     """load: read the weights in `path`; random: take only its config.json and draw the weights from
     `run.seed`."""
+    reference: str = ""
+    """Folder of a Hugging Face checkpoint of the same architecture: the reference policy of
+    loss.kl, credit.kl_reward and telemetry.reference_kl, read only where one of them is on; empty:
+    the weights the run started from. It takes one more copy of this rank's parameters in host
+    memory, and may change when a run resumes."""
     dtype: str = "fp32"
     """fp32 or bf16: the dtype of parameters and activations; gradients and optimizer state stay
     fp32."""
@@ -201,32 +206,127 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class HttpToolConfig:
+    """A tool behind an HTTP endpoint; its name is its key in `environment.http`."""
+
+    url: str = ""
+    """http:// or https:// address; {argument} in its path is filled with that argument."""
+    method: str = "POST"
+    """POST, PUT, PATCH: the other arguments are sent as a JSON object; GET, DELETE: as a query."""
+    description: str = ""
+    """What the model is told of the tool."""
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object"})
+    """JSON schema of the arguments."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Sent with every request. They are kept in the run directory: see secret_headers."""
+    secret_headers: Mapping[str, str] = field(default_factory=dict)
+    """Header -> the environment variable that holds its value."""
+    idempotent: bool = False
+    """Sending a request twice does what sending it once does: it may be retried."""
+    concurrent: bool = True
+    """Calls of one turn may run at the same time."""
+
+    def __post_init__(self) -> None:
+        web = self.url.startswith(("http://", "https://"))
+        require(web, f"url={self.url!r} of an HTTP tool must begin with http:// or https://")
+        one_of("method of an HTTP tool", self.method, ("GET", "POST", "PUT", "PATCH", "DELETE"))
+
+
+@dataclass(frozen=True)
+class McpServerConfig:
+    """An MCP server, whose tools all become known; its name is its key in `environment.mcp`."""
+
+    command: tuple[str, ...] = ()
+    """Command that starts it as a child process (stdio); either this or `url`."""
+    url: str = ""
+    """Address of a running server (streamable HTTP)."""
+    variables: tuple[str, ...] = ()
+    """Environment variables that a server started by `command` is given besides PATH, HOME and
+    their like."""
+    idempotent: tuple[str, ...] = ()
+    """Tools that may be retried, besides those that the server itself declares idempotent or
+    read-only."""
+    concurrent: bool = True
+    """Calls of one turn may run at the same time."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.command) != bool(self.url),
+            f"an MCP server has command={list(self.command)} and url={self.url!r}; give one of "
+            "them",
+        )
+
+
+FAILURES = (
+    "malformed", "unknown_tool", "bad_arguments", "refused", "timeout", "crashed", "error",
+)  # fmt: skip
+"""What may become of a call besides ok."""
+
+
+@dataclass(frozen=True)
 class EnvironmentConfig:
-    """Limits on what answers a tool call; the environment itself is named by each prompt."""
+    """Tools that all environments may use, and limits on what answers a tool call; the environment
+    itself is named by each prompt."""
 
     modules: tuple[str, ...] = ()
     """Python files or importable modules that register tools, environments and rewards, loaded at
     start."""
+    http: Mapping[str, HttpToolConfig] = field(default_factory=dict)
+    """Tools behind HTTP endpoints: name -> url, method, description, parameters, ..."""
+    mcp: Mapping[str, McpServerConfig] = field(default_factory=dict)
+    """MCP servers: name -> command or url, ...; needs the extra `mcp`."""
     call_timeout_s: float = 10.0
-    """Deadline of one tool call, in seconds."""
-    result_characters: int = 4096
-    """A longer tool result is cut to this many characters."""
+    """Deadline of one tool call with all its retries, in seconds."""
+    episode_timeout_s: float = 120.0
+    """Seconds that the tool calls of one episode may take together."""
+    retries: int = 2
+    """Further tries of a call that failed, for tools declared idempotent."""
+    result_tokens: int = 1024
+    """A longer tool result is cut to this many tokens."""
+    result_characters: int = 65536
+    """A longer tool result is cut to this many characters before its tokens are counted."""
     calls_per_turn: int = 16
     """More calls than these in one turn are refused (each is still answered)."""
+    parallel_calls: int = 8
+    """Calls of one turn that run at the same time at most."""
+    parallel_episodes: int = 64
+    """Episodes of one lead whose calls are answered at the same time at most."""
+    isolated_workers: int = 4
+    """Worker processes of one lead for tools declared isolated."""
+    isolated_memory_mb: int = 512
+    """Memory that an isolated tool may take, in MB."""
+    messages: Mapping[str, str] = field(default_factory=dict)
+    """What the model reads of a failed call, by status (see FAILURES), where it is not the default
+    "error: {why}"; {why} and {tool} are filled in."""
 
     def __post_init__(self) -> None:
-        require(
-            self.call_timeout_s > 0,
-            f"environment.call_timeout_s={self.call_timeout_s} must be positive",
-        )
-        require(
-            self.result_characters > 0,
-            f"environment.result_characters={self.result_characters} must be positive",
-        )
-        require(
-            self.calls_per_turn > 0,
-            f"environment.calls_per_turn={self.calls_per_turn} must be positive",
-        )
+        for name in (
+            "call_timeout_s",
+            "episode_timeout_s",
+            "result_tokens",
+            "result_characters",
+            "calls_per_turn",
+            "parallel_calls",
+            "parallel_episodes",
+            "isolated_workers",
+            "isolated_memory_mb",
+        ):
+            value = getattr(self, name)
+            require(value > 0, f"environment.{name}={value} must be positive")
+        require(self.retries >= 0, f"environment.retries={self.retries} must not be negative")
+        for status, text in self.messages.items():
+            one_of("key of environment.messages", status, FAILURES)
+            self._check_message(status, text)
+
+    def _check_message(self, status: str, text: str) -> None:
+        try:
+            text.format(why="", tool="")
+        except (LookupError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"environment.messages.{status}={text!r} cannot be filled in "
+                f"({type(error).__name__}: {error}); use {{why}} and {{tool}} alone, and double "
+                "other braces"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -302,6 +402,9 @@ class RewardConfig:
         )
 
 
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
 @dataclass(frozen=True)
 class CreditConfig:
     """ResT: what each token's gradient weighs, and the advantages of a group."""
@@ -323,7 +426,7 @@ class CreditConfig:
     """Running mean of the region entropies: share of the old value kept at each step."""
     tokens: str = "all"
     """What becomes of single tokens, besides their region's weight: all (nothing), high-entropy,
-    clip-cov or entropy-advantage; see rest_mega.credit.advantages.TOKENS."""
+    clip-cov, kl-cov or entropy-advantage; see rest_mega.credit.advantages.TOKENS."""
     high_entropy_share: float = 0.2
     """tokens=high-entropy: share of the global batch's weighted tokens that carry gradient, those
     of highest entropy (arXiv 2506.01939)."""
@@ -335,24 +438,58 @@ class CreditConfig:
     chosen."""
     clip_cov_high: float = 5.0
     """tokens=clip-cov: highest covariance of a token that may be chosen."""
+    kl_cov_share: float = 2e-3
+    """tokens=kl-cov: share of the global batch's weighted tokens that are penalised, those of
+    highest covariance of log-prob and advantage (arXiv 2505.22617)."""
+    kl_cov_coefficient: float = 1.0
+    """tokens=kl-cov: their penalty in the loss is this times |log pi - log pi_old|."""
     shaping_alpha: float = 0.4
     """tokens=entropy-advantage: advantage added per nat of a token's entropy (arXiv 2506.14758)."""
     shaping_kappa: float = 2.0
     """tokens=entropy-advantage: at most |advantage| / shaping_kappa is added."""
     advantage: str = "grpo"
-    """grpo (mean and std of the group), dr_grpo (mean only) or rloo."""
-    drop_equal_groups: bool = True
-    """Leave out groups whose rewards are all equal: they carry no signal."""
+    """grpo (mean and std of the group), dr_grpo (mean only), rloo, reinforce++ (mean and std of the
+    global batch) or reinforce++-baseline (mean of the group, std of the global batch)."""
+    equal_groups: str = "drop"
+    """What becomes of groups whose rewards are all equal and so carry no signal: keep (their
+    advantages are 0, their tokens count in the loss's denominator), drop, or resample (drop, and
+    draw further prompts until rollout.prompts_per_step groups have signal: DAPO's dynamic sampling,
+    arXiv 2503.14476)."""
+    resample_rounds: int = 3
+    """equal_groups=resample: rounds of further prompts at most; a round draws exactly as many as
+    are missing, and a step that is still short after the last one trains on what it has."""
+    kl_reward: float = 0.0
+    """Before advantages, every trajectory's reward falls by this times its KL to the reference
+    policy (model.reference), summed over its trained tokens as the scoring pass saw them; 0: no
+    such penalty. Groups that equal_groups leaves out stay out: it looks at the task's rewards."""
+    kl_reward_estimator: str = "k1"
+    """k1 (the log-ratio), k2 or k3; see rest_mega.losses.kl."""
 
     def __post_init__(self) -> None:
         one_of("credit.preset", self.preset, ("rest", "rest-paper", "rest-code", "uniform"))
-        one_of("credit.advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
+        methods = ("grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline")
+        one_of("credit.advantage", self.advantage, methods)
+        one_of("credit.equal_groups", self.equal_groups, ("keep", "drop", "resample"))
+        require(
+            self.resample_rounds >= 1,
+            f"credit.resample_rounds={self.resample_rounds} must be at least 1; to draw no further "
+            "prompts set credit.equal_groups=drop",
+        )
+        require(
+            self.equal_groups != "resample" or self.advantage != "reinforce++",
+            "credit.equal_groups=resample has nothing to replace with "
+            "credit.advantage=reinforce++, under which groups of equal rewards carry signal: set "
+            "credit.equal_groups=drop or credit.advantage=reinforce++-baseline",
+        )
         if self.rule is not None:
             one_of("credit.rule", self.rule, ("one_minus_exp", "entropy"))
-        one_of(
-            "credit.tokens", self.tokens, ("all", "high-entropy", "clip-cov", "entropy-advantage")
-        )
-        for name in ("high_entropy_share", "clip_cov_share"):
+        tokens = ("all", "high-entropy", "clip-cov", "kl-cov", "entropy-advantage")
+        one_of("credit.tokens", self.tokens, tokens)
+        one_of("credit.kl_reward_estimator", self.kl_reward_estimator, KL_ESTIMATORS)
+        for name in ("kl_reward", "kl_cov_coefficient"):
+            value = getattr(self, name)
+            require(value >= 0, f"credit.{name}={value} must not be negative")
+        for name in ("high_entropy_share", "clip_cov_share", "kl_cov_share"):
             share = getattr(self, name)
             require(0 < share <= 1, f"credit.{name}={share} must be in (0, 1]")
         require(
@@ -383,8 +520,8 @@ CORRECTION_BANDS: Mapping[str, tuple[float, float]] = types.MappingProxyType(
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The surrogate, how its tokens are put together, and the correction for the engine's own
-    log-probs."""
+    """The surrogate, how its tokens are put together, the correction for the engine's own
+    log-probs, and the penalties beside the surrogate."""
 
     policy: str = "ppo"
     """ppo (clip; dual clip when dual_clip > 0), gspo (one ratio per trajectory, clipped), cispo
@@ -403,7 +540,7 @@ class LossConfig:
     weighted-token-mean (the sum of weights), token-mean (the number of trained tokens, DAPO),
     sequence-mean (the mean over trajectories of the mean over a trajectory's tokens, GRPO) or fixed
     (trajectories x fixed_length, Dr. GRPO). Trajectories are those trained on: groups that
-    credit.drop_equal_groups leaves out do not count."""
+    credit.equal_groups leaves out do not count."""
     fixed_length: int = 1024
     """aggregation=fixed only: the length every trajectory counts as; Dr. GRPO takes the most tokens
     a reply may have."""
@@ -416,6 +553,15 @@ class LossConfig:
     correction_high: float | None = None
     """Upper end of the band, the cap of tis; null: the correction's own (tis 2, mis 5,
     sequence-mask 1.05)."""
+    kl: float = 0.0
+    """Coefficient of the KL to the reference policy (model.reference), a penalty on every trained
+    token alike, whatever its weight; 0: none."""
+    kl_estimator: str = "k3"
+    """k1, k2 or k3 (GRPO's). As a loss only k2 pulls as KL(policy||reference) does: k1's gradient
+    has mean zero, k3's is that of KL(reference||policy); see rest_mega.losses.kl."""
+    entropy_bonus: float = 0.0
+    """Coefficient of the trained tokens' full-vocabulary entropy (nats, at rollout.temperature),
+    which the loss falls by; every token counts once, whatever its weight."""
     optimizer_steps: int = 1
     """Optimizer steps per rollout batch: whole trajectories are cut into this many parts."""
     scoring: bool = True
@@ -437,6 +583,10 @@ class LossConfig:
         one_of("loss.aggregation", self.aggregation, aggregations)
         require(self.fixed_length >= 1, f"loss.fixed_length={self.fixed_length} must be at least 1")
         self._check_correction()
+        one_of("loss.kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        for name in ("kl", "entropy_bonus"):
+            value = getattr(self, name)
+            require(value >= 0, f"loss.{name}={value} must not be negative")
         require(
             self.optimizer_steps >= 1,
             f"loss.optimizer_steps={self.optimizer_steps} must be at least 1",
@@ -493,6 +643,41 @@ class PackingConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """Thresholds on |log-prob of the trainer - log-prob of the engine| of the sampled tokens, which
+    stop a run before the optimizer step whose batch crosses them and keep the batch in
+    RUN/dumps/step_N.
+
+    Both take the same parameters, so the gap is rounding alone: about 1e-6 nats in fp32 on a CPU.
+    With bf16 on GPUs the mean is reported between 0.01 and 0.04 (vllm-project/vime issue 64), and
+    0.1 is the bound that slime's own tests set (THUDM/slime pull request 1968); runs with a fault,
+    or trained far off policy, show 0.2 to 0.4 (Gen-Verse/OpenClaw-RL issue 69). p99 = 1 is ours. A
+    gap that is not finite crosses any threshold. Training on recordings of other parameters
+    (rollout.engine=replay) has a gap by design: set the thresholds to null.
+    """
+
+    every: int = 1
+    """Look every this many steps; 0: never. With loss.scoring=false the trainer's log-probs are not
+    known before the step: nothing is looked at."""
+    mean: float | None = 0.1
+    """Largest mean over the trained tokens of all replicas, in nats; null: any."""
+    p99: float | None = 1.0
+    """Largest 99th percentile, in nats; null: any."""
+    max: float | None = None
+    """Largest single gap, in nats; null: any. In bf16 a rare token may differ by several nats."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"guard.every={self.every} must not be negative; 0: never")
+        for name in ("mean", "p99", "max"):
+            limit = getattr(self, name)
+            require(
+                limit is None or limit > 0,
+                f"guard.{name}={limit} must be positive: trainer and engine round differently; "
+                "null switches it off",
+            )
+
+
+@dataclass(frozen=True)
 class SftConfig:
     """Supervised warm start (`rest-mega sft`)."""
 
@@ -536,6 +721,9 @@ class TelemetryConfig:
     """Write TensorBoard event files into the run directory."""
     trajectories: int = 16
     """Trajectories kept per step for the report."""
+    reference_kl: bool = False
+    """Measure the KL to the reference policy also where no penalty needs it; a forward pass more
+    per step."""
     console: str = "auto"
     """bar: a live progress bar; plain: a line per step; auto: bar on a terminal."""
 
@@ -555,7 +743,10 @@ class LoopConfig:
     """Run directory: metrics, checkpoints, report. A run resumes from the newest checkpoint in
     it."""
     steps: int = 100
-    """Training steps."""
+    """Training steps; schedules and curriculum run over all of them."""
+    until: int | None = None
+    """End after this step, with all that a run does after its last one; null: after `steps`. A
+    later run without it goes on as if there had been no pause."""
     seed: int = 0
     """Seed of everything random: prompts, sampling, initialisation."""
     device: str = "auto"
@@ -568,18 +759,34 @@ class LoopConfig:
     """Write checkpoints from a forked child while training goes on; false: training waits."""
     export: bool = True
     """Write the final weights as a Hugging Face checkpoint (RUN/hf)."""
+    export_every: int = 0
+    """Write a Hugging Face checkpoint after every this many steps too (RUN/hf_step_N); 0: none."""
+    max_nonfinite: int = 3
+    """So many steps in a row may have a loss or gradients that are not finite (they are not
+    applied, and their batch is kept in RUN/dumps); one more ends the run with exit code 4."""
     fresh: bool = False
     """Start anew, moving aside what the run directory holds; false: resume."""
 
     def __post_init__(self) -> None:
         one_of("run.device", self.device, ("auto", "cpu", "cuda"))
         require(self.steps >= 0, f"run.steps={self.steps} must not be negative")
-        require(self.save_every >= 0, f"run.save_every={self.save_every} must not be negative")
+        require(
+            self.until is None or 0 <= self.until <= self.steps,
+            f"run.until={self.until} must be between 0 and run.steps={self.steps}",
+        )
+        for name in ("save_every", "export_every", "max_nonfinite"):
+            every = getattr(self, name)
+            require(every >= 0, f"run.{name}={every} must not be negative")
         require(
             self.keep_checkpoints >= 1,
             f"run.keep_checkpoints={self.keep_checkpoints} must be at least 1",
         )
         require(0 <= self.seed < 2**31, f"run.seed={self.seed} must be in [0, 2^31)")
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this run ends."""
+        return self.steps if self.until is None else self.until
 
 
 @dataclass(frozen=True)
@@ -632,6 +839,7 @@ class RunConfig:
     credit: CreditConfig = field(default_factory=CreditConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
@@ -646,6 +854,11 @@ class RunConfig:
             "samples)",
         )
         require(
+            self.credit.advantage != "reinforce++-baseline" or self.rollout.samples_per_prompt > 1,
+            "credit.advantage=reinforce++-baseline takes a group's mean off and needs siblings: "
+            "set rollout.samples_per_prompt to 2 or more, or credit.advantage=reinforce++",
+        )
+        require(
             self.rollout.max_tokens <= self.packing.tokens,
             f"rollout.max_tokens={self.rollout.max_tokens} exceeds "
             f"packing.tokens={self.packing.tokens}: "
@@ -656,6 +869,20 @@ class RunConfig:
             self.loss.scoring or self.credit.tokens == "all",
             f"credit.tokens={self.credit.tokens} chooses by the scores of the batch, which "
             "loss.scoring=false leaves out: set loss.scoring=true or credit.tokens=all",
+        )
+        require(
+            self.loss.scoring or self.credit.kl_reward == 0,
+            f"credit.kl_reward={self.credit.kl_reward} compares the scores of the batch with the "
+            "reference's, and loss.scoring=false leaves them out: set loss.scoring=true or "
+            "credit.kl_reward=0 (loss.kl needs no scores)",
+        )
+        require(
+            self.credit.tokens != "kl-cov"
+            or self.loss.optimizer_steps > 1
+            or self.loss.old_logprobs == "rollout",
+            "credit.tokens=kl-cov penalises what has moved since the scoring pass, and with "
+            "loss.optimizer_steps=1 nothing has: set loss.optimizer_steps above 1, "
+            "loss.old_logprobs=rollout or credit.tokens=all",
         )
         require(
             self.optimizer.name != "muon" or self.model.dtype == "fp32",
@@ -671,6 +898,11 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain nested dictionaries (JSON and YAML can hold it)."""
         return dataclasses.asdict(self)
+
+    @property
+    def needs_reference(self) -> bool:
+        """A penalty or a metric compares the policy with the reference policy."""
+        return self.loss.kl > 0 or self.credit.kl_reward > 0 or self.telemetry.reference_kl
 
     def check_world(self, world_size: int) -> None:
         """Raise ConfigError unless this config can run on `world_size` ranks."""
@@ -706,11 +938,7 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
         if key not in names:
             raise _unknown(f"{prefix}{key}", [f"{prefix}{n}" for n in names])
         kind = hints[key]
-        values[key] = (
-            _build(kind, value, f"{prefix}{key}.")
-            if dataclasses.is_dataclass(kind)
-            else _coerce(f"{prefix}{key}", value, kind)
-        )
+        values[key] = _coerce(f"{prefix}{key}", value, kind)
     return cls(**values)
 
 
@@ -727,6 +955,10 @@ def _unknown(key: str, siblings: list[str]) -> ConfigError:
 def _coerce(key: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`; only lossless conversions (YAML's `1e-3` is a string, `2` may be a
     float)."""
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, f"{key}.")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None:

@@ -74,7 +74,7 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 def _loop(s: Session, samples: list[Sample]) -> int:
     config, place, step = s.config, s.place, int(s.resumed.get("step", 0))
     s.announce(step)
-    while step < config.run.steps:
+    while step < config.run.last_step:
         if place.sum_one(s.stop()) > 0:
             return s.interrupt(step)
         step += 1

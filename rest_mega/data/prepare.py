@@ -23,7 +23,7 @@ from typing import TextIO
 from rest_mega.config import ConfigError, one_of, require
 from rest_mega.data.formats import FORMATS
 from rest_mega.data.prompts import with_system
-from rest_mega.data.rows import Row, RowError, digest
+from rest_mega.data.rows import Row, RowError, digest, expect
 from rest_mega.records import Prompt
 
 
@@ -153,8 +153,13 @@ class _Work:
         return [replace(one, tokens=self._tokens(row.place, one.prompt)) for one in candidates]
 
     def _tokens(self, place: str, prompt: Prompt) -> int:
+        if self._tokens_of is None:
+            return 0
+        specs = all(isinstance(tool, Mapping) for tool in prompt.tools)
+        rule = "whole specs where tokens are counted: what a name stands for is known to a run only"
+        expect(specs, place, "tools", prompt.tools, rule)
         try:
-            return self._tokens_of(prompt) if self._tokens_of else 0
+            return self._tokens_of(prompt)
         except ConfigError as error:
             raise RowError(place, str(error), str(error)) from error
 

@@ -2,7 +2,8 @@
 
 Two forms of rows, told apart by their columns, in .jsonl, .json (one list) or .parquet files:
 
-    ours     {"id", "messages", "tools"?, "environment"?, "task"?}
+    ours     {"id", "messages", "tools"?, "environment"?, "task"?}; tools are whole specs,
+             or names of tools that the environment or the config has
     ToolRL   {"prompt", "reward_model": {"ground_truth"}, ...}; environment "none", the gold reply
     parsed into `task`
 
@@ -150,7 +151,7 @@ def _prompt(place: str, row: Mapping[str, Any]) -> Prompt:
     return Prompt(
         id=str(name),
         messages=messages_of(place, "messages", row.get("messages"), last=("user", "tool")),
-        tools=_tools(place, row.get("tools", [])),
+        tools=_tools(place, row.get("tools", []), names=True),
         environment=environment,
         task=task,
     )
@@ -188,14 +189,17 @@ def messages_of(place: str, key: str, messages: object, last: Sequence[str]) -> 
     return tuple(messages)
 
 
-def _tools(place: str, tools: object) -> tuple[Mapping[str, Any], ...]:
+def _tools(place: str, tools: object, *, names: bool = False) -> tuple[Any, ...]:
+    """Function specs, and with `names` also names of tools that the environment or the config
+    has."""
     expect(isinstance(tools, list), place, "tools", tools, "a list of function specs")
     assert isinstance(tools, list), tools
     for number, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
         named = isinstance(function, dict) and isinstance(function.get("name"), str)
         rule = '{"type": "function", "function": {"name", "description", "parameters"}}'
-        expect(named, place, f"tools[{number}]", tool, rule)
+        allowed = named or (names and isinstance(tool, str) and bool(tool))
+        expect(allowed, place, f"tools[{number}]", tool, rule + " or a name" * names)
     return tuple(tools)
 
 

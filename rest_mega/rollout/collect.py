@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from rest_mega.config import ConfigError, EnvironmentConfig, RolloutConfig
 from rest_mega.data.chat import ChatFormat
 from rest_mega.data.tokenizer import Tokenizer
 from rest_mega.dialects import Reply, parse
-from rest_mega.environments import Environment, answer_calls, make_environment
+from rest_mega.environments import EpisodeTools, ToolRuntime
+from rest_mega.environments.deadline import together
 from rest_mega.records import Prompt, Trajectory, Turn
 from rest_mega.rollout.engine import Completion, Engine, Request, Sampling, seed_of
 from rest_mega.rollout.ledger import Ledger
@@ -22,24 +24,39 @@ class _Episode:
 
     prompt: Prompt
     sibling: int
-    environment: Environment
+    tools: EpisodeTools
     ledger: Ledger
     turns: list[Turn] = field(default_factory=list)
     answer: str = ""
     stop: str = ""
 
 
-def check_prompts(prompts: Sequence[Prompt], chat: ChatFormat, max_tokens: int) -> None:
-    """ConfigError when a prompt's environment is unknown or refuses its task, or when the prompt
-    leaves no room to reply."""
-    for prompt in prompts:
-        _prompt_ids(prompt, _world(prompt), chat, max_tokens)
+def turn_seed(seed: object, prompt: str, sibling: int, turn: int) -> int:
+    """What decides a turn's draws: the seed of the collection, the prompt's id, sibling and
+    turn."""
+    return seed_of(seed, prompt, sibling, turn)
 
 
-def _world(prompt: Prompt) -> Environment:
-    """A fresh environment for one episode of the prompt."""
+def check_prompts(
+    prompts: Sequence[Prompt],
+    chat: ChatFormat,
+    max_tokens: int,
+    limits: EnvironmentConfig | None = None,
+) -> None:
+    """ConfigError when a prompt's environment is unknown or refuses its task, when one of its tools
+    is unknown, or when the prompt leaves no room to reply. `limits` declares tools."""
+    runtime = ToolRuntime(limits or EnvironmentConfig(), chat.tokenizer)
     try:
-        return make_environment(prompt.environment, prompt.task)
+        for prompt in prompts:
+            _prompt_ids(prompt, _open_tools(runtime, prompt), chat, max_tokens)
+    finally:
+        runtime.close()
+
+
+def _open_tools(runtime: ToolRuntime, prompt: Prompt) -> EpisodeTools:
+    """A fresh environment for one episode of the prompt, and its tools."""
+    try:
+        return runtime.open(prompt)
     except ConfigError as error:
         raise ConfigError(f"prompt {prompt.id!r}: {error}") from error
     except Exception as error:
@@ -50,9 +67,9 @@ def _world(prompt: Prompt) -> Environment:
 
 
 def _prompt_ids(
-    prompt: Prompt, environment: Environment, chat: ChatFormat, max_tokens: int
+    prompt: Prompt, tools: EpisodeTools, chat: ChatFormat, max_tokens: int
 ) -> list[int]:
-    ids = chat.prompt_ids(prompt.messages, prompt.tools or environment.specs)
+    ids = chat.prompt_ids(prompt.messages, tools.specs)
     if len(ids) >= max_tokens:
         raise ConfigError(
             f"prompt {prompt.id!r} has {len(ids)} tokens, rollout.max_tokens is {max_tokens}: "
@@ -77,6 +94,7 @@ class Collector:
         """`stop()` is asked between turns: once true, collection ends without a result."""
         self._engine, self._tokenizer, self._chat, self._dialect = engine, tokenizer, chat, dialect
         self._config, self._limits, self._stop = config, limits, stop
+        self._tools = ToolRuntime(limits, tokenizer)
 
     def collect(
         self, prompts: Sequence[Prompt], siblings: int, sampling: Sampling, seed: object
@@ -93,22 +111,31 @@ class Collector:
                 break
             if self._stop():
                 return None
-            requests = [self._request(e, (seed, e.prompt.id, e.sibling, turn)) for e in active]
-            for episode, done in zip(
-                active, self._engine.generate(requests, sampling), strict=True
-            ):
-                self._advance(episode, done, turn)
+            requests = [
+                self._request(e, turn_seed(seed, e.prompt.id, e.sibling, turn)) for e in active
+            ]
+            self._advance_all(active, self._engine.generate(requests, sampling), turn)
         trajectories = [self._close(e) for e in episodes]
         return [trajectories[i : i + siblings] for i in range(0, len(trajectories), siblings)]
 
     def _open(self, prompt: Prompt, siblings: int) -> list[_Episode]:
-        worlds = [_world(prompt) for _ in range(siblings)]
-        ids = _prompt_ids(prompt, worlds[0], self._chat, self._config.max_tokens)
-        return [_Episode(prompt, g, world, Ledger(ids)) for g, world in enumerate(worlds)]
+        tools = [_open_tools(self._tools, prompt) for _ in range(siblings)]
+        ids = _prompt_ids(prompt, tools[0], self._chat, self._config.max_tokens)
+        return [_Episode(prompt, g, one, Ledger(ids)) for g, one in enumerate(tools)]
 
-    def _request(self, episode: _Episode, seed: tuple[object, ...]) -> Request:
+    def _request(self, episode: _Episode, seed: int) -> Request:
         room = self._config.max_tokens - len(episode.ledger)
-        return Request(episode.ledger.ids_T, min(self._config.max_new_tokens, room), seed_of(*seed))
+        return Request(episode.ledger.ids_T, min(self._config.max_new_tokens, room), seed)
+
+    def _advance_all(
+        self, episodes: Sequence[_Episode], completions: Sequence[Completion], turn: int
+    ) -> None:
+        """Advance every episode by a turn; a slow tool holds up no other episode's tools."""
+        jobs = [
+            partial(self._advance, episode, done, turn)
+            for episode, done in zip(episodes, completions, strict=True)
+        ]
+        together(jobs, self._limits.parallel_episodes)
 
     def _advance(self, episode: _Episode, done: Completion, turn: int) -> None:
         """Record a sampled turn, answer its calls, and say whether the episode goes on."""
@@ -121,7 +148,7 @@ class Collector:
             and (reply.calls or not reply.well_formed)
             and episode.prompt.environment != "none"
         )
-        outcomes = answer_calls(episode.environment, reply, self._limits) if goes_on else ()
+        outcomes = episode.tools.answer(reply) if goes_on else ()
         episode.turns.append(
             Turn(
                 start=start,
@@ -171,5 +198,5 @@ class Collector:
             version_T=ledger.version_T,
             turns=tuple(episode.turns),
             stop=episode.stop,
-            result=episode.environment.finish(episode.answer),
+            result=episode.tools.finish(episode.answer),
         )

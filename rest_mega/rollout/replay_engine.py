@@ -34,7 +34,7 @@ class RecordingEngine:
         """Passed on, then recorded."""
         done = self._inner.generate(requests, sampling)
         for request, completion in zip(requests, done, strict=True):
-            self._file.write(json.dumps(_row(request, completion, sampling)) + "\n")
+            self._file.write(json.dumps(recorded_row(request, completion, sampling)) + "\n")
         self._file.flush()
         return done
 
@@ -48,7 +48,8 @@ def _key(request: Request, sampling: Sampling) -> tuple[int, int, bool]:
     return request.seed, len(request.ids_T), sampling.greedy
 
 
-def _row(request: Request, done: Completion, sampling: Sampling) -> dict[str, Any]:
+def recorded_row(request: Request, done: Completion, sampling: Sampling) -> dict[str, Any]:
+    """One line of a recording, as JSON holds it."""
     return {
         "key": _key(request, sampling),
         "ids": done.ids_T.tolist(),

@@ -86,8 +86,8 @@ def _shards(folder: Path) -> list[Path]:
     if not index.is_file():
         raise ConfigError(
             f"{folder} holds neither model.safetensors nor model.safetensors.index.json; "
-            "point model.path at a Hugging Face checkpoint, or set model.init=random to draw the "
-            "weights"
+            "name the folder of a Hugging Face checkpoint, or (for model.path) set "
+            "model.init=random to draw the weights"
         )
     try:
         names = json.loads(index.read_text())["weight_map"].values()

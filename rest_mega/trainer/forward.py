@@ -63,6 +63,7 @@ def _select(batch: Microbatch, index: np.ndarray[Any, Any], lengths: list[int]) 
         mask_T=take(batch.mask_T, False),
         regions_T=take(batch.regions_T, 0),
         advantages_T=take(batch.advantages_T, 0),
+        drift_T=take(batch.drift_T, 0),
         logprobs_T=take(batch.logprobs_T, 0),
     )
 

@@ -88,19 +88,19 @@ def _divides(key: str, value: int, what: str, size: int) -> None:
     )
 
 
-def read_architecture(path: str) -> Architecture:
-    """The sizes in `path`/config.json; ConfigError for an unknown family or an unsupported
-    feature."""
+def read_architecture(path: str, key: str = "model.path") -> Architecture:
+    """The sizes in `path`/config.json; ConfigError, which names the config's `key`, for an unknown
+    family or an unsupported feature."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers' own validation raises kinds of its own
-        raise ConfigError(f"model.path={path!r} holds no readable config.json ({error})") from error
+        raise ConfigError(f"{key}={path!r} holds no readable config.json ({error})") from error
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ConfigError(
-            f"model.path={path!r} is of family {config.model_type!r}; known: {', '.join(FAMILIES)}"
+            f"{key}={path!r} is of family {config.model_type!r}; known: {', '.join(FAMILIES)}"
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     unsupported = {

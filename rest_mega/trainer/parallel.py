@@ -93,6 +93,10 @@ class Parallel:
         """Element-wise sum over all ranks (float64)."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
+    def sum_in_replica(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Element-wise sum over the ranks of this replica (float64)."""
+        return self._reduce(values, dist.ReduceOp.SUM, self.replica)
+
     def sum_one(self, value: float) -> float:
         """Sum of one number over all ranks."""
         return float(self.sum(np.array([float(value)]))[0])
@@ -101,9 +105,11 @@ class Parallel:
         """Element-wise maximum over all ranks (float64)."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
-    def _reduce(self, values: npt.NDArray[np.float64], op: Any) -> npt.NDArray[np.float64]:
+    def _reduce(
+        self, values: npt.NDArray[np.float64], op: Any, group: dist.ProcessGroup | None = None
+    ) -> npt.NDArray[np.float64]:
         tensor = torch.from_numpy(np.array(values, dtype=np.float64))
-        dist.all_reduce(tensor, op=op, group=self.control)
+        dist.all_reduce(tensor, op=op, group=group or self.control)
         return tensor.numpy()
 
     def share(self, arrays: Arrays | None) -> dict[str, npt.NDArray[Any]]:

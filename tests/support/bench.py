@@ -47,7 +47,9 @@ class Bench:
         dtype: str = "fp32",
         tokens: int = 4096,
         loss: LossConfig = LossConfig(),  # noqa: B008  # frozen
+        path: str = "",
     ) -> Any:
+        """A trainer with the parameters in `path`; empty: the bench's own checkpoint."""
         from rest_mega.sync.load import load, open_source
         from rest_mega.trainer.trainer import Trainer
 
@@ -61,7 +63,7 @@ class Bench:
             temperature=TEMPERATURE,
             total_steps=4,
         )
-        source = open_source(self.path, "load", self.architecture, 0)
+        source = open_source(path or self.path, "load", self.architecture, 0)
         load(trainer.modules, source, self.architecture, self.place)
         trainer.prepare()
         return trainer

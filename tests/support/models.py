@@ -66,10 +66,11 @@ def save_model(folder: Path, family: str, **more: Any) -> Path:
 
 
 def random_samples(count: int = 8, seed: int = 0) -> list[Sample]:
-    """Samples of 6 to 50 tokens with random masks, regions, rollout log-probs and advantages."""
-    rng = np.random.default_rng(seed)
+    """Samples of 6 to 50 tokens with random masks, regions, rollout log-probs and advantages, and
+    rewards (of which the advantages know nothing) in groups of four."""
+    rng, rewards = np.random.default_rng(seed), np.random.default_rng((seed, 1)).normal(size=count)
     samples = []
-    for _ in range(count):
+    for number in range(count):
         length = int(rng.integers(6, 50))
         samples.append(
             Sample(
@@ -78,6 +79,8 @@ def random_samples(count: int = 8, seed: int = 0) -> list[Sample]:
                 regions_T=rng.integers(0, 4, length).astype(np.int8),
                 logprobs_T=rng.normal(-5.5, 0.5, length).astype(np.float32),
                 advantage=float(rng.normal()),
+                reward=float(rewards[number]),
+                group=number // 4,
             )
         )
     return samples

@@ -268,6 +268,14 @@ def test_every_prompt_is_counted_once_and_written_at_most_once(tmp_path: Path) -
     assert {p.id for p in train} | {p.id for p in held} == {f"row {n}" for n in range(10)}
 
 
+def test_what_a_named_tool_adds_is_not_guessed(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", {**OURS, "tools": ["f"]})
+    made = plan(tmp_path, "prompts", source, strict=True)
+    assert prepare(made).train == 1
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:1: tools=\('f',\) must be whole specs"):
+        prepare(made, tokens_of=lambda prompt: 1)
+
+
 def test_added_rows_change_the_side_of_no_other_row(tmp_path: Path) -> None:
     def sides(name: str, rows: list[dict[str, Any]], seed: int) -> tuple[set[str], set[str]]:
         out, held = tmp_path / f"{name}.jsonl", tmp_path / f"{name}_held.jsonl"
