@@ -72,7 +72,10 @@ def _answers(file: Path) -> dict[str, dict[str, Any]]:
 def _tools(place: str, functions: object) -> list[dict[str, Any]]:
     rule = 'a list of {"name", "description", "parameters"}'
     good = isinstance(functions, list) and all(
-        isinstance(f, dict) and isinstance(f.get("parameters"), dict) for f in functions
+        isinstance(f, dict)
+        and isinstance(f.get("name"), str)
+        and isinstance(f.get("parameters"), dict)
+        for f in functions
     )
     expect(good, place, "function", functions, rule)
     assert isinstance(functions, list), functions

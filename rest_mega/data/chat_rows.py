@@ -36,6 +36,7 @@ def chat_prompts(place: str, row: Mapping[str, Any]) -> list[Prompt]:
     known_keys(place, row, KEYS)
     messages = _messages(place, row.get("messages"))
     tools = row.get("tools") or []
+    expect(isinstance(tools, list), place, "tools", tools, "a list of function specs")
     stem = row.get("id") or f"chat-{digest(messages, tools)}"
     expect(isinstance(stem, str), place, "id", stem, "a string")
     turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
@@ -73,7 +74,8 @@ def _messages(place: str, given: object) -> list[dict[str, Any]]:
 def _task(place: str, turn: int, reply: Mapping[str, Any], tools: Sequence[Any]) -> dict[str, Any]:
     """The gold calls and the text of an assistant message."""
     calls = [call["function"] for call in reply.get("tool_calls", ())]
-    names = {tool.get("function", {}).get("name") for tool in tools if isinstance(tool, dict)}
+    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)]
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
     for call in calls:
         key = f"messages[{turn}].tool_calls"
         expect(call["name"] in names, place, key, call["name"], "calls of the row's tools")

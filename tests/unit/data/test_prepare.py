@@ -216,6 +216,8 @@ BAD = [
     ("prompts", changed(OURS, environment="none"), "environment='none' must be the environment"),
     ("bfcl", BFCL, r"ground_truth=None must be the gold calls.*possible_answer/"),
     ("bfcl", changed(BFCL, question=[[], []]), "must be a list of one turn .it has 2"),
+    ("chat", changed(CHAT, tools=5), "tools=5 must be a list of function specs"),
+    ("bfcl", changed(BFCL, function=[{"parameters": {}}]), "must be a list of ."),
     ("bfcl", changed(BFCL, function=None), "function=None must be a list"),
     ("bfcl", changed(BFCL, ground_truth=[{"g": {}}]), "g is none of the row's functions"),
     ("bfcl", changed(BFCL, ground_truth=[{"geo.area": {"a": [1]}}]), r"all of \['a', 'shape'\]"),
