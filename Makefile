@@ -1,4 +1,5 @@
 # make quickstart: train a small tool-using model here.   make test: lint, types and tests.
+# make sglang: a CPU build of the SGLang server in an environment of its own.   make engine: its tests.
 PYTHON ?= python3
 VENV ?= .venv
 # A CPU build of torch is enough without a GPU. Where pip offers one elsewhere, say so, for example
@@ -8,8 +9,11 @@ TORCH_ARGS ?=
 ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SGLANG_VENV ?= .venv-sglang
+SGLANG_STAMP := $(SGLANG_VENV)/.installed
+SGLANG_PINS := tests/support/sglang_cpu
 
-.PHONY: setup quickstart test lint format type pytest slow clean
+.PHONY: setup sglang engine quickstart test lint format type pytest slow clean
 
 setup: $(STAMP)
 
@@ -18,6 +22,15 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet $(TORCH_ARGS) $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
+
+sglang: $(SGLANG_STAMP)
+
+$(SGLANG_STAMP): $(SGLANG_PINS)/server.txt $(SGLANG_PINS)/requirements.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(SGLANG_VENV)/bin/pip install --quiet --no-deps --requirement $(SGLANG_PINS)/server.txt
+	$(SGLANG_VENV)/bin/pip install --quiet --requirement $(SGLANG_PINS)/requirements.txt
+	touch $(SGLANG_STAMP)
 
 quickstart: setup
 	PATH="$(abspath $(BIN)):$$PATH" examples/quickstart/run.sh $(ARGS)
@@ -38,8 +51,11 @@ type: setup
 pytest: setup
 	$(BIN)/python -m pytest -q $(ARGS)
 
+engine: setup sglang
+	$(BIN)/python -m pytest -q -m engine $(ARGS)
+
 slow: setup
 	$(BIN)/python -m pytest -q -m 'slow' $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(SGLANG_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -233,13 +233,15 @@ def _move_aside(run_dir: Path) -> None:
 def _engine(config: RunConfig, inputs: Inputs, place: parallel.Parallel, record: bool) -> Engine:
     from rest_mega.rollout.engines import make_engine
 
+    run_dir = Path(config.run.dir)
     return make_engine(
         dataclasses.replace(config.rollout, record=config.rollout.record and record),
         model_path=config.model.path,
         dtype=config.model.dtype,
         tokenizer=inputs.tokenizer,
         device=place.device,
-        record_to=Path(config.run.dir) / "rollouts" / f"replica_{place.data_rank}.jsonl",
+        record_to=run_dir / "rollouts" / f"replica_{place.data_rank}.jsonl",
+        folder=run_dir / "servers" / f"replica_{place.data_rank}",
     )
 
 

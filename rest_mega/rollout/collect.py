@@ -74,7 +74,11 @@ class Collector:
         limits: EnvironmentConfig,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`stop()` is asked between turns: once true, collection ends without a result."""
+        """`stop()` is asked between turns: once true, collection ends without a result.
+
+        Where the engine decodes every episode on its own, episodes are advanced from several
+        threads at a time; an episode's own turns and calls come one after another.
+        """
         self._engine, self._tokenizer, self._chat, self._dialect = engine, tokenizer, chat, dialect
         self._config, self._limits, self._stop = config, limits, stop
 
@@ -87,17 +91,20 @@ class Collector:
         is in the batch.
         """
         episodes = [e for prompt in prompts for e in self._open(prompt, siblings)]
-        for turn in range(self._config.max_turns):
-            active = [e for e in episodes if not e.stop]
-            if not active:
-                break
-            if self._stop():
-                return None
-            requests = [self._request(e, (seed, e.prompt.id, e.sibling, turn)) for e in active]
-            for episode, done in zip(
-                active, self._engine.generate(requests, sampling), strict=True
-            ):
-                self._advance(episode, done, turn)
+        stopped = self._stop()
+
+        def follow(index: int, done: Completion) -> Request | None:
+            nonlocal stopped
+            episode = episodes[index]
+            self._advance(episode, done)
+            if not episode.stop:
+                stopped = stopped or self._stop()
+            return None if stopped or episode.stop else self._request(episode, seed)
+
+        if not stopped:
+            self._engine.play([self._request(e, seed) for e in episodes], sampling, follow)
+        if stopped:
+            return None
         trajectories = [self._close(e) for e in episodes]
         return [trajectories[i : i + siblings] for i in range(0, len(trajectories), siblings)]
 
@@ -106,12 +113,14 @@ class Collector:
         ids = _prompt_ids(prompt, worlds[0], self._chat, self._config.max_tokens)
         return [_Episode(prompt, g, world, Ledger(ids)) for g, world in enumerate(worlds)]
 
-    def _request(self, episode: _Episode, seed: tuple[object, ...]) -> Request:
+    def _request(self, episode: _Episode, seed: object) -> Request:
         room = self._config.max_tokens - len(episode.ledger)
-        return Request(episode.ledger.ids_T, min(self._config.max_new_tokens, room), seed_of(*seed))
+        drawn_by = seed_of(seed, episode.prompt.id, episode.sibling, len(episode.turns))
+        return Request(episode.ledger.ids_T, min(self._config.max_new_tokens, room), drawn_by)
 
-    def _advance(self, episode: _Episode, done: Completion, turn: int) -> None:
+    def _advance(self, episode: _Episode, done: Completion) -> None:
         """Record a sampled turn, answer its calls, and say whether the episode goes on."""
+        turn = len(episode.turns)
         start, end = episode.ledger.sample(done, turn)
         ids = done.ids_T[:-1] if done.finished else done.ids_T
         text = b"".join(self._tokenizer.token_bytes(int(i)) for i in ids)

@@ -14,7 +14,16 @@ from rest_mega.data.tokenizer import load_tokenizer
 from rest_mega.environments import ENVIRONMENTS, ToolEnvironment, tool
 from rest_mega.records import Prompt, Trajectory
 from rest_mega.rollout.collect import Collector
-from rest_mega.rollout.engine import Completion, Engine, Request, Sampling, seed_of
+from rest_mega.rollout.engine import (
+    Completion,
+    Engine,
+    Follow,
+    Request,
+    Sampling,
+    one_version,
+    play_in_rounds,
+    seed_of,
+)
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "data" / "tiny_bpe", "hermes")
 CHAT = ChatFormat(TOKENIZER)
@@ -86,7 +95,11 @@ class ScriptedEngine:
         ids = reply_ids(self._lines[request.seed])
         kept = np.array(ids[: request.max_new_tokens], dtype=np.int32)
         logprobs = -np.arange(1, len(kept) + 1, dtype=np.float32) / 8
-        return Completion(kept, logprobs, len(kept) == len(ids), self.version)
+        versions = one_version(self.version, len(kept))
+        return Completion(kept, logprobs, len(kept) == len(ids), versions)
+
+    def play(self, requests: Sequence[Request], sampling: Sampling, follow: Follow) -> None:
+        play_in_rounds(self, requests, sampling, follow)
 
     def close(self) -> None: ...
 
