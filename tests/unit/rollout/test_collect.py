@@ -171,7 +171,10 @@ def test_an_engine_whose_answer_is_inconsistent_is_refused() -> None:
         def generate(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
             return super().generate(requests, sampling)[1:]
 
-    for kind, message in ((Short, r"2 token ids but 1 log-probs and 2 versions"), (Lost, "shorter")):
+    for kind, message in (
+        (Short, r"2 token ids but 1 log-probs and 2 versions"),
+        (Lost, "shorter"),
+    ):
         engine = kind({("p", 0): ["5"]})
         with pytest.raises(ValueError, match=message):
             collector(engine).collect([prompt("p")], 1, Sampling(), SEED)

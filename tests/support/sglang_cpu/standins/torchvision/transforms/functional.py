@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inert
+
 from torchvision.transforms import InterpolationMode
 
 __all__ = ["InterpolationMode"]

@@ -7,7 +7,7 @@ from typing import Any
 import inert
 
 
-class constexpr:  # noqa: N801  # triton's spelling
+class constexpr:  # triton's spelling
     """A compile-time value."""
 
     def __init__(self, value: Any = None) -> None:

@@ -1,0 +1,235 @@
+"""The servers of one lead: which is asked next, and how a lost one comes back.
+
+Everything here runs on one event loop. A worker is *open* while requests may be sent to it. One
+that loses a connection is closed, examined, and either opened again or started anew and given the
+current weights; what it was generating is asked of another worker, or of itself once it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from rest_mega.config import ConfigError, SglangConfig
+from rest_mega.rollout.sglang_client import Client, ServerInfo, ServerLost, ServerRefused
+from rest_mega.rollout.sglang_server import Server
+
+STICK = 8
+"""An episode stays where its prefix is cached unless another worker has this many fewer
+requests."""
+
+
+@dataclass(eq=False)
+class Worker:
+    """One server as we see it."""
+
+    client: Client
+    server: Server | None
+    """None when somebody else started it."""
+    info: ServerInfo
+    open: bool = True
+    running: set[str] = field(default_factory=set)
+    """Ids of requests under way."""
+    restarts: int = 0
+
+
+def choose(workers: list[Worker], home: Worker | None) -> Worker | None:
+    """The open worker for an episode whose earlier turns `home` answered: home, or the least
+    loaded; None when none is open."""
+    candidates = [worker for worker in workers if worker.open]
+    if not candidates:
+        return None
+    least = min(candidates, key=lambda worker: len(worker.running))
+    if home is None or not home.open or len(home.running) >= len(least.running) + STICK:
+        return least
+    return home
+
+
+class Fleet:
+    """All workers of one lead."""
+
+    def __init__(
+        self,
+        config: SglangConfig,
+        servers: list[Server],
+        restore: Callable[[Worker], Awaitable[None]],
+    ) -> None:
+        """`servers`: the ones to start, none when config.urls are attached to. `restore(worker)`
+        loads the current weights into a worker that does not have them."""
+        self._config, self._servers, self._restore = config, servers, restore
+        self.workers: list[Worker] = []
+        self.losses = 0
+        """How often a worker was lost."""
+        self.weights = asyncio.Lock()
+        """Held while weights are loaded: a restored worker never gets the ones before last."""
+        self._changed = asyncio.Condition()
+        self._gate_open, self._failure = False, ""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._session: aiohttp.ClientSession | None = None
+
+    async def start(self) -> None:
+        """Start or attach to every server and wait until all are ready; ConfigError when one does
+        not become so."""
+        # Shorter than a server keeps an idle connection: ours must not break under a request.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+        self._session = aiohttp.ClientSession(connector=connector)
+        for server in self._servers:
+            server.start()
+        places: list[tuple[str, Server | None]] = [(url, None) for url in self._config.urls]
+        places += [(server.url, server) for server in self._servers]
+        self.workers = list(await asyncio.gather(*(self._reach(*place) for place in places)))
+
+    async def _reach(self, url: str, server: Server | None) -> Worker:
+        client = self._client(url)
+        await self._ready(client, server)
+        return Worker(client, server, await client.info())
+
+    def _client(self, url: str) -> Client:
+        assert self._session is not None
+        config = self._config
+        return Client(url, self._session, config.request_timeout_s, config.update_timeout_s)
+
+    async def _ready(self, client: Client, server: Server | None) -> None:
+        try:
+            async with asyncio.timeout(self._config.start_timeout_s):
+                while not await client.ready():
+                    if server is not None:
+                        server.check()
+                    await asyncio.sleep(0.2)
+        except TimeoutError as error:
+            seconds, tail = self._config.start_timeout_s, server.tail() if server else ""
+            raise ConfigError(
+                f"no SGLang server was ready at {client.url} within {seconds:g} s; start it, "
+                f"mend rollout.sglang.urls or raise rollout.sglang.start_timeout_s. {tail}"
+            ) from error
+
+    # ------------------------------------------------------------------ who is asked
+
+    async def shut(self) -> None:
+        """No new requests from here on."""
+        self._gate_open = False
+
+    async def admit(self) -> None:
+        """Requests may be sent."""
+        await self._set(gate=True, failure="")
+
+    async def fail(self, why: str) -> None:
+        """Whoever waits for a worker, or asks for one until the next `admit`, is told `why`."""
+        await self._set(gate=False, failure=why)
+
+    async def _set(self, gate: bool, failure: str) -> None:
+        async with self._changed:
+            self._gate_open, self._failure = gate, failure
+            self._changed.notify_all()
+
+    async def pick(self, home: Worker | None) -> Worker:
+        """`choose`, once requests are admitted and a worker is open; RuntimeError when none comes
+        back in time."""
+        while True:
+            if self._failure:
+                raise RuntimeError(self._failure)
+            worker = choose(self.workers, home) if self._gate_open else None
+            if worker is not None:
+                return worker
+            try:
+                async with asyncio.timeout(self._config.start_timeout_s), self._changed:
+                    await self._changed.wait_for(self._pickable)
+            except TimeoutError as error:
+                raise RuntimeError(
+                    f"no SGLang server took requests for {self._config.start_timeout_s:g} s "
+                    "(rollout.sglang.start_timeout_s)"
+                ) from error
+
+    def _pickable(self) -> bool:
+        return bool(self._failure) or (self._gate_open and any(w.open for w in self.workers))
+
+    # ------------------------------------------------------------------ lost and back
+
+    def lose(self, worker: Worker, unsound: bool = False) -> None:
+        """Close a worker that broke off or did not answer, and see to it in the background;
+        `unsound`: it does not have our weights, however well it answers."""
+        if worker.open:
+            worker.open = False
+            self.losses += 1
+            self._background(self._mend(worker, unsound))
+
+    def abandon(self, client: Client, rid: str) -> None:
+        """A request whose answer nobody waits for any more."""
+        self._background(self._abort(client, rid))
+
+    async def _abort(self, client: Client, rid: str) -> None:
+        with contextlib.suppress(ServerLost, ServerRefused):
+            await client.abort(rid)
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def mended(self) -> None:
+        """Wait until no worker is being seen to; RuntimeError when one could not be brought
+        back."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._failure:
+            raise RuntimeError(self._failure)
+
+    async def _mend(self, worker: Worker, unsound: bool) -> None:
+        try:
+            if unsound or not await self._sound(worker):
+                await self._again(worker)
+            async with self._changed:
+                worker.open = True
+                self._changed.notify_all()
+        except (ConfigError, ServerLost, ServerRefused, RuntimeError) as error:
+            await self.fail(
+                f"the SGLang server {worker.client.url} could not be brought back: {error}"
+            )
+
+    async def _sound(self, worker: Worker) -> bool:
+        """It generates; a broken connection was all. Who else's server it is may have been started
+        anew meanwhile, so its weights are looked at by `_again`."""
+        if worker.server is None or not worker.server.alive:
+            return False
+        return await worker.client.healthy(self._config.health_s)
+
+    async def _again(self, worker: Worker) -> None:
+        if worker.restarts == self._config.restarts:
+            raise RuntimeError(
+                f"it was lost more than {self._config.restarts} times (rollout.sglang.restarts)"
+            )
+        worker.restarts += 1
+        worker.running.clear()
+        if worker.server is not None:
+            worker.server.kill()
+            worker.server.start()
+            worker.client = self._client(worker.server.url)
+        await self._ready(worker.client, worker.server)
+        async with self.weights:
+            await self._restore(worker)
+
+    async def watch(self) -> None:
+        """Lose workers that run requests but no longer generate: a hung server keeps its
+        connections."""
+        while True:
+            await asyncio.sleep(self._config.health_s)
+            busy = [w for w in self.workers if w.open and w.running]
+            checks = [w.client.healthy(self._config.health_s) for w in busy]
+            for worker, healthy in zip(busy, await asyncio.gather(*checks), strict=True):
+                if not healthy and self._gate_open and worker.open:
+                    if worker.server is not None:
+                        worker.server.kill()  # breaks the connections of what waits for it
+                    self.lose(worker)
+
+    async def close(self) -> None:
+        """End the servers we started and all connections."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*(server.stop() for server in self._servers))
+        if self._session is not None:
+            await self._session.close()
