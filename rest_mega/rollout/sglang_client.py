@@ -144,9 +144,10 @@ class Client:
         """Take part in the broadcasts of `names`, with `dtypes` and `shapes`, in this order."""
         await self._done("/update_weights_from_distributed", {**listed, "flush_cache": False})
 
-    async def name_version(self, version: int) -> None:
-        """What the loaded weights are called from now on."""
-        body = {"new_version": str(version), "abort_all_requests": False}
+    async def name_version(self, version: int | None) -> None:
+        """What the loaded weights are called from now on; None while they are being replaced."""
+        name = "loading" if version is None else str(version)
+        body = {"new_version": name, "abort_all_requests": False}
         await self._done("/update_weight_version", body)
 
     async def version(self) -> int:

@@ -36,6 +36,10 @@ class Worker:
     running: set[str] = field(default_factory=set)
     """Ids of requests under way."""
     restarts: int = 0
+    answered: int = 0
+    """Requests that it has answered, over all its starts."""
+    trouble: str = ""
+    """Why it was lost last."""
 
 
 def choose(workers: list[Worker], home: Worker | None) -> Worker | None:
@@ -60,7 +64,7 @@ class Fleet:
         restore: Callable[[Worker], Awaitable[None]],
     ) -> None:
         """`servers`: the ones to start, none when config.urls are attached to. `restore(worker)`
-        loads the current weights into a worker that does not have them."""
+        loads the current weights into a worker unless it has them."""
         self._config, self._servers, self._restore = config, servers, restore
         self.workers: list[Worker] = []
         self.losses = 0
@@ -150,13 +154,13 @@ class Fleet:
 
     # ------------------------------------------------------------------ lost and back
 
-    def lose(self, worker: Worker, unsound: bool = False) -> None:
-        """Close a worker that broke off or did not answer, and see to it in the background;
-        `unsound`: it does not have our weights, however well it answers."""
+    def lose(self, worker: Worker, why: str) -> None:
+        """Close a worker that broke off, did not answer or did not take weights, and see to it in
+        the background."""
         if worker.open:
-            worker.open = False
+            worker.open, worker.trouble = False, why
             self.losses += 1
-            self._background(self._mend(worker, unsound))
+            self._background(self._mend(worker))
 
     def abandon(self, client: Client, rid: str) -> None:
         """A request whose answer nobody waits for any more."""
@@ -179,29 +183,40 @@ class Fleet:
         if self._failure:
             raise RuntimeError(self._failure)
 
-    async def _mend(self, worker: Worker, unsound: bool) -> None:
+    async def _mend(self, worker: Worker) -> None:
+        """Open it again as it is if it is sound and takes our weights, else started anew."""
         try:
-            if unsound or not await self._sound(worker):
+            if not await self._sound(worker):
                 await self._again(worker)
+            while not await self._reopened(worker):
+                await self._again(worker)
+        except (ConfigError, ServerLost, ServerRefused, RuntimeError) as error:
+            await self.fail(f"the SGLang server {worker.client.url} is not coming back: {error}")
+
+    async def _sound(self, worker: Worker) -> bool:
+        """It generates; a broken connection was all."""
+        if worker.server is not None and not worker.server.alive:
+            return False
+        return await worker.client.healthy(self._config.health_s)
+
+    async def _reopened(self, worker: Worker) -> bool:
+        """Open, with the current weights; False when it did not take them."""
+        async with self.weights:  # no load begins or ends meanwhile
+            try:
+                await self._restore(worker)
+            except (ServerLost, ServerRefused) as error:
+                worker.trouble = str(error)
+                return False
             async with self._changed:
                 worker.open = True
                 self._changed.notify_all()
-        except (ConfigError, ServerLost, ServerRefused, RuntimeError) as error:
-            await self.fail(
-                f"the SGLang server {worker.client.url} could not be brought back: {error}"
-            )
-
-    async def _sound(self, worker: Worker) -> bool:
-        """It generates; a broken connection was all. Who else's server it is may have been started
-        anew meanwhile, so its weights are looked at by `_again`."""
-        if worker.server is None or not worker.server.alive:
-            return False
-        return await worker.client.healthy(self._config.health_s)
+        return True
 
     async def _again(self, worker: Worker) -> None:
         if worker.restarts == self._config.restarts:
             raise RuntimeError(
-                f"it was lost more than {self._config.restarts} times (rollout.sglang.restarts)"
+                f"{worker.trouble}, and was lost more than {self._config.restarts} times "
+                "(rollout.sglang.restarts)"
             )
         worker.restarts += 1
         worker.running.clear()
@@ -210,8 +225,6 @@ class Fleet:
             worker.server.start()
             worker.client = self._client(worker.server.url)
         await self._ready(worker.client, worker.server)
-        async with self.weights:
-            await self._restore(worker)
 
     async def watch(self) -> None:
         """Lose workers that run requests but no longer generate: a hung server keeps its
@@ -224,7 +237,7 @@ class Fleet:
                 if not healthy and self._gate_open and worker.open:
                     if worker.server is not None:
                         worker.server.kill()  # breaks the connections of what waits for it
-                    self.lose(worker)
+                    self.lose(worker, f"no token within {self._config.health_s:g} s")
 
     async def close(self) -> None:
         """End the servers we started and all connections."""

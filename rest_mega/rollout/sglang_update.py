@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
@@ -20,8 +21,6 @@ from rest_mega import launch
 from rest_mega.rollout.sglang_client import ServerLost, ServerRefused
 from rest_mega.rollout.sglang_fleet import Worker
 from rest_mega.rollout.sglang_weights import Bucket, Checksums, Kept, payload
-
-GROUP = "rest_mega_weights"
 
 
 class Transport(Protocol):
@@ -42,6 +41,9 @@ class Transport(Protocol):
     async def end(self, worker: Worker) -> None:
         """After the last bucket."""
 
+    async def close(self, workers: Sequence[Worker]) -> None:
+        """Undo what `begin` set up."""
+
 
 class Tensors:
     """Tensors inside the request: works everywhere, at the cost of base64."""
@@ -61,6 +63,9 @@ class Tensors:
         """Nothing."""
 
     async def end(self, worker: Worker) -> None:
+        """Nothing."""
+
+    async def close(self, workers: Sequence[Worker]) -> None:
         """Nothing."""
 
 
@@ -87,6 +92,9 @@ class Disk:
         assert self._kept.folder is not None
         await worker.client.load_folder(str(self._kept.folder.resolve()))
 
+    async def close(self, workers: Sequence[Worker]) -> None:
+        """Nothing."""
+
 
 class Broadcast:
     """A gloo group of this process (rank 0) and every tensor rank of every worker."""
@@ -95,6 +103,7 @@ class Broadcast:
         """`host`: where workers reach this process; `seconds`: deadline of a broadcast."""
         self._host, self._seconds = host, seconds
         self._members: list[tuple[str, int]] = []
+        self._name = ""
         self._group: Any = None
 
     def prepare(self, bucket: Bucket) -> Bucket:
@@ -106,23 +115,20 @@ class Broadcast:
         members = [(worker.client.url, worker.restarts) for worker in workers]
         if members == self._members:
             return
-        await asyncio.gather(*(self._leave(worker) for worker in workers))
+        await self.close(workers)
         port, world = launch.free_port(), 1 + sum(w.info.tensor_size for w in workers)
+        self._name = f"rest_mega_{os.getpid()}_{port}"
         offset, joins = 1, []
         for worker in workers:
             group = {
                 "master_address": self._host, "master_port": port, "rank_offset": offset,
-                "world_size": world, "group_name": GROUP, "backend": "gloo",
+                "world_size": world, "group_name": self._name, "backend": "gloo",
             }  # fmt: skip
             joins.append(worker.client.join_group(group))
             offset += worker.info.tensor_size
         ours = asyncio.to_thread(self._join, port, world)
         self._group, *_ = await asyncio.gather(ours, *joins)
         self._members = members
-
-    async def _leave(self, worker: Worker) -> None:
-        if (worker.client.url, worker.restarts) in self._members:
-            await worker.client.leave_group(GROUP)
 
     def _join(self, port: int, world: int) -> Any:
         """Rank 0 of the group that SGLang's init_custom_process_group makes: its store's prefixes
@@ -132,7 +138,7 @@ class Broadcast:
         store = made.TCPStore(
             self._host, port, world, is_master=True, timeout=wait, wait_for_workers=False
         )
-        for prefix in (GROUP, f"{GROUP}/", "cpu/"):
+        for prefix in (self._name, f"{self._name}/", "cpu/"):
             store = made.PrefixStore(prefix, store)
         return dist.ProcessGroupGloo(store, 0, world, wait)
 
@@ -143,7 +149,7 @@ class Broadcast:
                 "names": [name for name, _ in prepared],
                 "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in prepared],
                 "shapes": [list(t.shape) for _, t in prepared],
-                "group_name": GROUP,
+                "group_name": self._name,
             }
         )
 
@@ -164,6 +170,14 @@ class Broadcast:
     async def end(self, worker: Worker) -> None:
         """Nothing."""
 
+    async def close(self, workers: Sequence[Worker]) -> None:
+        """Whoever is in the group leaves it, if it can still be reached."""
+        for worker in workers:
+            if (worker.client.url, worker.restarts) in self._members:
+                with contextlib.suppress(ServerLost, ServerRefused):
+                    await worker.client.leave_group(self._name)
+        self._members, self._group = [], None
+
 
 class Update:
     """The new weights' way into `workers`; those that fail on it are left out and listed."""
@@ -175,9 +189,10 @@ class Update:
         """Worker -> why it does not have the new weights."""
 
     async def begin(self) -> None:
-        """Stop what runs, forget its cache, open the bracket."""
+        """Stop what runs, forget its cache and the version's name, open the bracket."""
         await self._each(lambda w: w.client.pause())
         await self._each(lambda w: w.client.flush())
+        await self._each(lambda w: w.client.name_version(None))
         try:
             await self._transport.begin(self._workers)
         except (ServerLost, ServerRefused) as error:
@@ -223,14 +238,15 @@ class Update:
 
 async def restore(worker: Worker, kept: Kept, version: int, sums: Checksums) -> None:
     """Load the kept weights into one worker that nobody asks anything meanwhile."""
+    await worker.client.pause()
     with contextlib.suppress(ServerRefused):  # an interrupted load may have left its bracket open
         await worker.client.end_update()
+    await worker.client.flush()
     await worker.client.begin_update()
     for bucket in kept.read():
         text = await asyncio.to_thread(payload, bucket)
         await worker.client.load_tensors([text] * worker.info.tensor_size)
     await worker.client.end_update()
-    await worker.client.flush()
     await name(worker, version, sums)
     await worker.client.resume()
 

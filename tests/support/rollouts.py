@@ -112,18 +112,18 @@ def collector(
     return Collector(engine, TOKENIZER, CHAT, "hermes", config, EnvironmentConfig(), stop)
 
 
-def assert_made_of_its_parts(trajectory: Trajectory) -> None:
+def assert_made_of_its_parts(trajectory: Trajectory, chat: ChatFormat = CHAT) -> None:
     """prompt | sampled | delta | sampled ...: nothing is missing, added or tokenised again."""
     t = trajectory
     specs = ENVIRONMENTS[t.prompt.environment](t.prompt.task).specs
-    ids = CHAT.prompt_ids(t.prompt.messages, t.prompt.tools or specs)
+    ids = chat.prompt_ids(t.prompt.messages, t.prompt.tools or specs)
     turn_T = [-1] * len(ids)
     for n, turn in enumerate(t.turns):
         if n:
             before = t.turns[n - 1]
             names = [c.name for c in before.calls] or [""]
             answers = [o.content for o in before.outcomes]
-            delta = CHAT.tool_result_ids(list(zip(names, answers, strict=True)))
+            delta = chat.tool_result_ids(list(zip(names, answers, strict=True)))
             ids, turn_T = ids + delta, turn_T + [-1] * len(delta)
         assert turn.start == len(ids)
         sampled = t.ids_T[turn.start : turn.end].tolist()
