@@ -707,13 +707,17 @@ class RunConfig:
 
 
 def known_keys() -> list[str]:
-    """Every `section.key` of RunConfig."""
-    hints = typing.get_type_hints(RunConfig)
-    return [
-        f"{s.name}.{k.name}"
-        for s in dataclasses.fields(RunConfig)
-        for k in dataclasses.fields(hints[s.name])
-    ]
+    """Every `section.key` of RunConfig, `rollout.sglang.key` among them."""
+    return list(_keys(RunConfig, ""))
+
+
+def _keys(cls: Any, prefix: str) -> typing.Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for key in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[key.name]):
+            yield from _keys(hints[key.name], f"{prefix}{key.name}.")
+        else:
+            yield prefix + key.name
 
 
 def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
@@ -725,11 +729,8 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     values: dict[str, Any] = {}
-    others = [f.name for f in dataclasses.fields(cls) if f.metadata.get("others")]
+    tree = _gather_others(cls, tree, names)
     for key, value in tree.items():
-        if key not in names and others:
-            values[others[0]] = {**values.get(others[0], {}), key: value}
-            continue
         if key not in names:
             raise _unknown(f"{prefix}{key}", [f"{prefix}{n}" for n in names])
         kind = hints[key]
@@ -739,6 +740,18 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
             else _coerce(f"{prefix}{key}", value, kind)
         )
     return cls(**values)
+
+
+def _gather_others(cls: Any, tree: Mapping[str, Any], names: list[str]) -> Mapping[str, Any]:
+    """The tree with its unknown keys in the field that is marked to take them, where there is
+    one."""
+    taking = [f.name for f in dataclasses.fields(cls) if f.metadata.get("others")]
+    others = {key: value for key, value in tree.items() if key not in names}
+    if not taking or not others:
+        return tree
+    given = tree.get(taking[0], {})
+    known = {key: value for key, value in tree.items() if key in names}
+    return {**known, taking[0]: {**given, **others}}
 
 
 def _unknown(key: str, siblings: list[str]) -> ConfigError:
