@@ -81,12 +81,14 @@ class Episodes:
         """The whole turn, from as many pieces as it takes, and the worker that gave the last."""
         prompt = request.ids_T.tolist()
         whole = Piece([], [], [], "")
-        barren = 0
+        barren, failed = 0, set[Worker]()
         while True:
-            home = await self._fleet.pick(home)
+            home = await self._fleet.pick(home, failed)
             left = request.max_new_tokens - len(whole.ids)
             piece = await self._piece(home, prompt + whole.ids, left, request.seed, sampling)
-            if piece is not None:
+            if piece is None:
+                failed.add(home)
+            else:
                 whole.ids.extend(piece.ids)
                 whole.logprobs.extend(piece.logprobs)
                 whole.versions.extend(piece.versions)
@@ -104,12 +106,13 @@ class Episodes:
     async def _piece(
         self, worker: Worker, ids: list[int], length: int, seed: int, sampling: Sampling
     ) -> Piece | None:
-        """What one request brings; None when its server was lost."""
+        """What one request brings; None when its server was lost or given up."""
         rid = f"{self._name}-{next(self._numbers)}"
         client = worker.client
-        worker.running.add(rid)
+        parameters = self._parameters(length, seed, sampling)
+        worker.running[rid] = asyncio.ensure_future(client.generate(rid, ids, parameters))
         try:
-            piece = await client.generate(rid, ids, self._parameters(length, seed, sampling))
+            piece = await worker.running[rid]
             worker.answered += 1
             return piece
         except ServerLost as error:
@@ -117,9 +120,12 @@ class Episodes:
             return None
         except asyncio.CancelledError:
             self._fleet.abandon(client, rid)
-            raise
+            me = asyncio.current_task()
+            if me is not None and me.cancelling():
+                raise
+            return None  # not this episode but its request was cancelled
         finally:
-            worker.running.discard(rid)
+            worker.running.pop(rid)
 
     def _parameters(self, length: int, seed: int, sampling: Sampling) -> dict[str, Any]:
         return {

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 
 from rest_mega.config import ConfigError, SglangConfig
-from rest_mega.rollout.sglang_client import Client, ServerInfo, ServerLost, ServerRefused
+from rest_mega.rollout.sglang_client import Client, Piece, ServerInfo, ServerLost, ServerRefused
 from rest_mega.rollout.sglang_server import Server
 
 STICK = 8
@@ -33,8 +33,8 @@ class Worker:
     """None when somebody else started it."""
     info: ServerInfo
     open: bool = True
-    running: set[str] = field(default_factory=set)
-    """Ids of requests under way."""
+    running: dict[str, asyncio.Future[Piece]] = field(default_factory=dict)
+    """Requests under way, by their ids."""
     restarts: int = 0
     answered: int = 0
     """Requests that it has answered, over all its starts."""
@@ -42,14 +42,17 @@ class Worker:
     """Why it was lost last."""
 
 
-def choose(workers: list[Worker], home: Worker | None) -> Worker | None:
+def choose(
+    workers: Sequence[Worker], home: Worker | None, failed: Collection[Worker] = ()
+) -> Worker | None:
     """The open worker for an episode whose earlier turns `home` answered: home, or the least
-    loaded; None when none is open."""
+    loaded; one that `failed` on this turn only when no other is open. None when none is open."""
     candidates = [worker for worker in workers if worker.open]
+    candidates = [worker for worker in candidates if worker not in failed] or candidates
     if not candidates:
         return None
     least = min(candidates, key=lambda worker: len(worker.running))
-    if home is None or not home.open or len(home.running) >= len(least.running) + STICK:
+    if home not in candidates or len(home.running) >= len(least.running) + STICK:
         return least
     return home
 
@@ -72,7 +75,7 @@ class Fleet:
         self.weights = asyncio.Lock()
         """Held while weights are loaded: a restored worker never gets the ones before last."""
         self._changed = asyncio.Condition()
-        self._gate_open, self._failure = False, ""
+        self._gate_open, self._failure, self._loads = False, "", 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
 
@@ -115,8 +118,9 @@ class Fleet:
     # ------------------------------------------------------------------ who is asked
 
     async def shut(self) -> None:
-        """No new requests from here on."""
+        """No new requests from here on: weights are about to be loaded."""
         self._gate_open = False
+        self._loads += 1
 
     async def admit(self) -> None:
         """Requests may be sent."""
@@ -131,13 +135,13 @@ class Fleet:
             self._gate_open, self._failure = gate, failure
             self._changed.notify_all()
 
-    async def pick(self, home: Worker | None) -> Worker:
+    async def pick(self, home: Worker | None, failed: Collection[Worker] = ()) -> Worker:
         """`choose`, once requests are admitted and a worker is open; RuntimeError when none comes
         back in time."""
         while True:
             if self._failure:
                 raise RuntimeError(self._failure)
-            worker = choose(self.workers, home) if self._gate_open else None
+            worker = choose(self.workers, home, failed) if self._gate_open else None
             if worker is not None:
                 return worker
             try:
@@ -190,7 +194,7 @@ class Fleet:
                 await self._again(worker)
             while not await self._reopened(worker):
                 await self._again(worker)
-        except (ConfigError, ServerLost, ServerRefused, RuntimeError) as error:
+        except (ConfigError, ServerLost, ServerRefused, RuntimeError, TimeoutError) as error:
             await self.fail(f"the SGLang server {worker.client.url} is not coming back: {error}")
 
     async def _sound(self, worker: Worker) -> bool:
@@ -219,25 +223,34 @@ class Fleet:
                 "(rollout.sglang.restarts)"
             )
         worker.restarts += 1
-        worker.running.clear()
         if worker.server is not None:
             worker.server.kill()
             worker.server.start()
             worker.client = self._client(worker.server.url)
         await self._ready(worker.client, worker.server)
+        async with asyncio.timeout(self._config.start_timeout_s):
+            while not await worker.client.healthy(self._config.health_s):
+                await asyncio.sleep(0.2)
 
     async def watch(self) -> None:
         """Lose workers that run requests but no longer generate: a hung server keeps its
         connections."""
         while True:
             await asyncio.sleep(self._config.health_s)
-            busy = [w for w in self.workers if w.open and w.running]
+            busy, loads = [w for w in self.workers if w.open and w.running], self._loads
             checks = [w.client.healthy(self._config.health_s) for w in busy]
             for worker, healthy in zip(busy, await asyncio.gather(*checks), strict=True):
-                if not healthy and self._gate_open and worker.open:
-                    if worker.server is not None:
-                        worker.server.kill()  # breaks the connections of what waits for it
-                    self.lose(worker, f"no token within {self._config.health_s:g} s")
+                # A pause for new weights meanwhile would have kept the check waiting.
+                if not healthy and self._gate_open and self._loads == loads:
+                    self._give_up(worker)
+
+    def _give_up(self, worker: Worker) -> None:
+        """Nobody waits any longer for what runs on a hung worker."""
+        if worker.server is not None:
+            worker.server.kill()
+        self.lose(worker, f"it generated no token within {self._config.health_s:g} s")
+        for request in list(worker.running.values()):
+            request.cancel()
 
     async def close(self) -> None:
         """End the servers we started and all connections."""

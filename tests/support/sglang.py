@@ -61,7 +61,7 @@ class ReplayServer:
         self._answers = {route: list(names) for route, names in (ROUTINE | dict(answers)).items()}
         self.asked: list[tuple[str, Any]] = []
         self.url, self._version, self._device = "", "default", device
-        self._loop = asyncio.new_event_loop()
+        self._loop, self._over = asyncio.new_event_loop(), asyncio.Event()
 
     def bodies(self, route: str) -> list[Any]:
         """What was sent to a route, in order."""
@@ -74,6 +74,7 @@ class ReplayServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._over.set)
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -99,7 +100,8 @@ class ReplayServer:
             return web.Response(status=404)
         name = names.pop(0) if len(names) > 1 else names[0]
         if name == "silence":
-            await asyncio.sleep(60)
+            await self._over.wait()
+            return web.Response()
         status, answer = recorded(name)
         if status is None:
             assert request.transport is not None

@@ -41,15 +41,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def playing(model: Path, tmp_path: Path, *generate: list[str]) -> Iterator[tuple[Any, list[Any]]]:
-    """An engine that is attached to one replayed server for each list of answers to /generate."""
+def playing(
+    model: Path, tmp_path: Path, *generate: list[str], hung: bool = False
+) -> Iterator[tuple[Any, list[Any]]]:
+    """An engine that is attached to one replayed server for each list of answers to /generate;
+    `hung`: the first never generates, though it is ready."""
     from transformers import AutoModelForCausalLM
 
     # Recorded checksums are those of another model; a GPU's are not compared with ours.
     servers = [ReplayServer(LOADABLE | {"/generate": g}, device="cuda") for g in generate]
+    if hung:
+        silent = LOADABLE | {"/generate": ["silence"], "/health_generate": ["silence"]}
+        servers[0] = ReplayServer(silent, device="cuda")
     for server in servers:
         server.__enter__()
-    config = SglangConfig(urls=tuple(s.url for s in servers), start_timeout_s=5, health_s=2)
+    config = SglangConfig(urls=tuple(s.url for s in servers), start_timeout_s=5, health_s=0.3)
     engine = SglangEngine(
         config,
         model_path=str(model),
@@ -139,6 +145,20 @@ def test_a_turn_whose_server_is_lost_is_asked_of_another_and_counted_once(
         assert lost >= 1
 
 
+def test_a_hung_server_is_given_up_and_its_turns_are_asked_of_another(
+    model: Path, tmp_path: Path
+) -> None:
+    names = ["generate_stop_token_ids"]
+    with playing(model, tmp_path, names, names, hung=True) as (engine, servers):
+        turns: list[int] = []
+        engine.play([request()] * 6, Sampling(), lambda i, done: turns.append(i))
+        assert sorted(turns) == list(range(6))
+        assert engine.answered == [0, 6]
+        hung = [body["rid"] for body in servers[0].bodies("/generate")]
+        assert hung
+        assert len(hung) + len(servers[1].bodies("/generate")) == 6 + len(hung)
+
+
 def test_a_server_that_comes_back_under_another_version_is_given_the_weights(
     model: Path, tmp_path: Path
 ) -> None:
@@ -223,16 +243,16 @@ def test_nothing_is_played_before_weights_are_loaded_and_no_server_is_named(
 def test_an_episode_stays_where_its_prefix_is_until_another_worker_has_much_less_to_do() -> None:
     def worker(load: int, open_: bool = True) -> Worker:
         made = Worker(None, None, ServerInfo(1, 9, "cpu"), open_)  # type: ignore[arg-type]
-        made.running = {str(i) for i in range(load)}
+        made.running = dict.fromkeys(map(str, range(load)))  # type: ignore[arg-type]
         return made
 
     home, other = worker(3), worker(1)
     assert choose([home, other], None) is other
     assert choose([home, other], home) is home
     assert choose([worker(0), other, home], home) is home
-    home.running = {str(i) for i in range(1 + STICK)}
+    home.running = worker(1 + STICK).running
     assert choose([home, other], home) is other
-    home.open, home.running = False, set()
+    home.open, home.running = False, {}
     assert choose([home, other], home) is other
     other.open = False
     assert choose([home, other], home) is None
