@@ -94,7 +94,13 @@ class Fleet:
     async def _reach(self, url: str, server: Server | None) -> Worker:
         client = self._client(url)
         await self._ready(client, server)
-        return Worker(client, server, await client.info())
+        try:
+            return Worker(client, server, await client.info())
+        except (ServerLost, ServerRefused) as error:
+            raise ConfigError(
+                f"{url} is ready but does not say what an SGLang server says ({error}); mend "
+                "rollout.sglang.urls"
+            ) from error
 
     def _client(self, url: str) -> Client:
         assert self._session is not None

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from rest_mega import launch
-from rest_mega.rollout.sglang_client import ServerLost, ServerRefused
+from rest_mega.rollout.sglang_client import Client, ServerLost, ServerRefused
 from rest_mega.rollout.sglang_fleet import Worker
 from rest_mega.rollout.sglang_weights import Bucket, Checksums, Kept, payload
 
@@ -197,7 +197,7 @@ class Update:
             await self._transport.begin(self._workers)
         except (ServerLost, ServerRefused) as error:
             self._fail_all(error)
-        await self._each(lambda w: w.client.begin_update())
+        await self._each(lambda w: _open_bracket(w.client))
 
     async def send(self, prepared: Any) -> None:
         """One bucket to all."""
@@ -217,8 +217,9 @@ class Update:
         await self._each(lambda w: name(w, version, sums))
 
     async def resume(self) -> None:
-        """Let all workers decode again, whatever came before."""
-        self._workers = [w for w in self._all if w not in self.failed]
+        """Let all workers decode again, whatever came before, and those that failed too: a paused
+        server cannot show that it is sound."""
+        self._workers = list(self._all)
         await self._each(lambda w: w.client.resume())
 
     def _fail_all(self, error: Exception) -> None:
@@ -230,7 +231,7 @@ class Update:
             try:
                 await do(worker)
             except (ServerLost, ServerRefused) as error:
-                self.failed[worker] = str(error)
+                self.failed.setdefault(worker, str(error))
 
         await asyncio.gather(*(one(worker) for worker in self._workers))
         self._workers = [worker for worker in self._workers if worker not in self.failed]
@@ -239,16 +240,22 @@ class Update:
 async def restore(worker: Worker, kept: Kept, version: int, sums: Checksums) -> None:
     """Load the kept weights into one worker that nobody asks anything meanwhile."""
     await worker.client.pause()
-    with contextlib.suppress(ServerRefused):  # an interrupted load may have left its bracket open
-        await worker.client.end_update()
     await worker.client.flush()
-    await worker.client.begin_update()
+    await _open_bracket(worker.client)
     for bucket in kept.read():
         text = await asyncio.to_thread(payload, bucket)
         await worker.client.load_tensors([text] * worker.info.tensor_size)
     await worker.client.end_update()
     await name(worker, version, sums)
     await worker.client.resume()
+
+
+async def _open_bracket(client: Client) -> None:
+    """A new one; an interrupted load may have left its own open, which the server would insist
+    on."""
+    with contextlib.suppress(ServerRefused):
+        await client.end_update()
+    await client.begin_update()
 
 
 async def name(worker: Worker, version: int, sums: Checksums) -> None:

@@ -95,7 +95,10 @@ class Kept:
         self._files: dict[str, str] = {}
 
     def begin(self, version: int) -> None:
-        """A new folder; the last one stays until this one is complete."""
+        """A new folder; the last one stays until this one is complete. What a killed run has left
+        behind goes first."""
+        if self.folder is None:
+            shutil.rmtree(self._root, ignore_errors=True)
         self._open = self._root / f"version_{version}"
         shutil.rmtree(self._open, ignore_errors=True)
         self._open.mkdir(parents=True)
