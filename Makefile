@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 ARGS ?=
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 SGLANG_VENV ?= .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
@@ -17,9 +18,14 @@ SGLANG_PINS := tests/support/sglang_cpu
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(RUNS): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(BIN)/pip install --quiet --editable .
+	touch $(RUNS)
+
+# What developers need besides (Triton alone is 200 MB).
+$(STAMP): $(RUNS)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
 
@@ -32,7 +38,7 @@ $(SGLANG_STAMP): $(SGLANG_PINS)/server.txt $(SGLANG_PINS)/requirements.txt
 	$(SGLANG_VENV)/bin/pip install --quiet --requirement $(SGLANG_PINS)/requirements.txt
 	touch $(SGLANG_STAMP)
 
-quickstart: setup
+quickstart: $(RUNS)
 	PATH="$(abspath $(BIN)):$$PATH" examples/quickstart/run.sh $(ARGS)
 
 test: lint type pytest

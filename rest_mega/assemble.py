@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,18 +14,22 @@ from rest_mega.data.prompts import load_prompts
 from rest_mega.data.tokenizer import load_tokenizer
 from rest_mega.dialects import DIALECTS, Region
 from rest_mega.environments import load_modules
+from rest_mega.losses import head
 from rest_mega.records import Prompt
 from rest_mega.rewards import Rubric
 from rest_mega.rollout.collect import Collector, check_prompts
 from rest_mega.rollout.engine import Engine
+from rest_mega.run_directory import RunDirectory
 from rest_mega.session import Inputs, Session
 from rest_mega.stop import Stop
 from rest_mega.sync.export import Exporter
 from rest_mega.sync.load import load, open_source
 from rest_mega.telemetry.reporter import Reporter
 from rest_mega.trainer import checkpoint, device, parallel
+from rest_mega.trainer.checkpoint_files import candidates, damage, newest, read_state
 from rest_mega.trainer.model import read_architecture
 from rest_mega.trainer.trainer import Trainer
+from rest_mega.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -52,6 +55,7 @@ def read_inputs(config: RunConfig, verb: str) -> Inputs:
         config.check_world(launch.world_size())
     config.parallel.data_parallel(launch.world_size())
     device.check(config.run.device)
+    head.check_form(config.model.head)
     require(
         bool(config.model.path), "model.path is empty; point it at a Hugging Face checkpoint folder"
     )
@@ -95,10 +99,14 @@ def _prompts(config: RunConfig, verb: str) -> tuple[list[Prompt], list[Prompt]]:
 def _check_checkpoint(config: RunConfig, verb: str) -> None:
     """ConfigError when the checkpoint that this run would resume from is damaged or another
     run's."""
-    found = checkpoint.newest(Path(config.run.dir))
-    if found is None or (config.run.fresh and verb != "eval"):
+    run_dir = Path(config.run.dir)
+    if config.run.fresh and verb != "eval":
         return
-    state = checkpoint.read_state(found)
+    found = newest(run_dir)
+    _refuse_if_damaged(run_dir, found, [damage(folder) for folder in candidates(run_dir)])
+    if found is None:
+        return
+    state = read_state(found)
     remedy = "use another run.dir, or start anew with run.fresh=true"
     require(
         verb in ("eval", state["verb"]),
@@ -114,6 +122,15 @@ def _check_checkpoint(config: RunConfig, verb: str) -> None:
         )
 
 
+def _refuse_if_damaged(run_dir: Path, found: Path | None, problems: Sequence[str]) -> None:
+    """ConfigError when there are checkpoints but not one of them is intact."""
+    require(
+        found is not None or not problems,
+        f"none of the checkpoints in {run_dir} is intact: {'; '.join(problems[:2])}; restore one, "
+        "or start anew with run.fresh=true",
+    )
+
+
 # ------------------------------------------------------------------ all ranks together
 
 
@@ -122,11 +139,23 @@ def open_session(
 ) -> Session:
     """Start the process groups, build or resume the trainer, start the engine; every rank calls it
     together."""
-    place = parallel.start(config.parallel, config.run.device)
+    place = parallel.start(config.parallel, config.run.device, config.deadlines)
+    watchdog = Watchdog(
+        place.store,
+        place.rank,
+        place.world_size,
+        Path(config.run.dir) / "hang",
+        dataclasses.asdict(config.deadlines),
+    )
+    watchdog.start()
     try:
-        return _open(config, inputs, verb, place, total_steps, rollouts)
-    except BaseException:
-        parallel.stop()
+        return _open(config, inputs, verb, place, watchdog, total_steps, rollouts)
+    except BaseException as error:
+        try:
+            watchdog.tell(error)
+        finally:
+            watchdog.close()
+            parallel.stop()
         raise
 
 
@@ -153,45 +182,58 @@ def _open(
     inputs: Inputs,
     verb: str,
     place: parallel.Parallel,
+    watchdog: Watchdog,
     total_steps: int,
     rollouts: bool,
 ) -> Session:
     trainer = _together(place, lambda: _trainer(config, inputs, place, total_steps))
     run_dir, trains = Path(config.run.dir), verb != "eval"
     if trains:
-        _run_directory(config, run_dir, place)
         trainer.prepare()
-    # One rank looks, so that all see the same also on a file system that lags.
-    found = place.gather_text(str(checkpoint.newest(run_dir) or "") if place.is_head else "")[0]
+    claim = trains and place.is_head
+    directory = _together(
+        place, lambda: RunDirectory(run_dir, fresh=config.run.fresh) if claim else None
+    )
+    found, damaged = checkpoint.find_intact(place, run_dir)
+    _together(place, lambda: _refuse_if_damaged(run_dir, found, damaged))
     resumed: Mapping[str, Any] = {}
-    if found.strip():
+    if found is not None:
         restore = checkpoint.load if trains else checkpoint.load_parameters
-        resumed = _together(place, lambda: restore(trainer, Path(found)))
+        resumed = _together(place, lambda: restore(trainer, found))
     stop, leads = Stop(), rollouts and place.is_lead
     engine = _together(place, lambda: _engine(config, inputs, place, trains) if leads else None)
     collector = _collector(config, inputs, engine, stop) if engine is not None else None
     reporter = Reporter(
         run_dir,
         config.telemetry,
-        total_steps=config.run.steps,
+        total_steps=config.run.last_step,
         active=place.is_head and trains,
         resume_step=resumed.get("step"),
         region_names=[region.name for region in Region],
         config_tree=config.to_dict(),
     )
+    if directory is not None and directory.unlocked:
+        reporter.event("unlocked", f"{run_dir} cannot be locked: {directory.unlocked}")
+    for problem in damaged:
+        reporter.event("damaged", f"left out a damaged checkpoint: {problem}")
     exporter = Exporter(trainer.modules, inputs.architecture, place)
+    saver = checkpoint.Saver(trainer, run_dir, config.run.keep_checkpoints)
     stop.watch()
+    watchdog.enter("loop")
     return Session(
         config=config,
         verb=verb,
         inputs=inputs,
         place=place,
         trainer=trainer,
+        saver=saver,
         exporter=exporter,
         reporter=reporter,
         engine=engine,
         collector=collector,
         stop=stop,
+        watchdog=watchdog,
+        directory=directory,
         resumed=resumed,
     )
 
@@ -212,22 +254,6 @@ def _trainer(
     )
     load(trainer.modules, inputs.source, inputs.architecture, place)
     return trainer
-
-
-def _run_directory(config: RunConfig, run_dir: Path, place: parallel.Parallel) -> None:
-    """Make the run directory; with run.fresh the old one is renamed first."""
-    if place.is_head:
-        if config.run.fresh and run_dir.exists():
-            _move_aside(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-    place.barrier()
-
-
-def _move_aside(run_dir: Path) -> None:
-    number = 1
-    while (target := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
-        number += 1
-    os.replace(run_dir, target)
 
 
 def _engine(config: RunConfig, inputs: Inputs, place: parallel.Parallel, record: bool) -> Engine:

@@ -39,8 +39,9 @@ MEGATRON_ALIASES = {
     "--clip-grad": "optimizer.clip_grad",
     "--seed": "run.seed",
     "--train-iters": "run.steps",
+    "--fresh": "run.fresh",
 }
-"""Megatron's own names; the flags among them stand for true."""
+"""Megatron's own names (and --fresh); the flags among them stand for true."""
 
 NO_COUNTERPART = {
     "--micro-batch-size": "micro-batches are filled by tokens: set packing.tokens",
@@ -52,7 +53,7 @@ NO_COUNTERPART = {
 }
 """Names of Megatron's that many type, and what to write instead."""
 
-_FLAGS = ("--sequence-parallel", "--use-distributed-optimizer")
+_FLAGS = ("--sequence-parallel", "--use-distributed-optimizer", "--fresh")
 
 HELP = """usage: rest-mega VERB CONFIG.yaml [section.key=value ...] [--megatron-name value ...]
        torchrun --nproc-per-node N -m rest_mega VERB CONFIG.yaml ...
@@ -65,7 +66,11 @@ Relative paths are relative to the current directory. `rest-mega keys` lists eve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code: 0 done, 2 bad input, 130 interrupted after saving."""
+    """Run a verb; returns the exit code.
+
+    0 done, 1 failed, 2 bad input, 3 stopped by the guard, 70 a phase beyond its deadline, 130
+    Ctrl-C and 143 SIGTERM (both after saving).
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(

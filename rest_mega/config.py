@@ -52,6 +52,10 @@ class ModelConfig:
     layers: str = "auto"
     """te: Transformer Engine's layers; local: torch SDPA attention; auto: te where it is installed
     on a GPU."""
+    head: str = "auto"
+    """What walks the LM head's logits: chunked (torch's matmuls, a tile at a time, any device),
+    triton (kernels for CUDA) or auto (triton for bf16 on CUDA where it is installed, else
+    chunked)."""
     recompute: str = "none"
     """none, selective (attention) or full (every layer): activations recomputed in the backward
     pass."""
@@ -59,6 +63,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("fp32", "bf16"))
         one_of("model.layers", self.layers, ("auto", "te", "local"))
+        one_of("model.head", self.head, ("auto", "chunked", "triton"))
         one_of("model.recompute", self.recompute, ("none", "selective", "full"))
         one_of("model.init", self.init, ("load", "random"))
 
@@ -92,10 +97,6 @@ class ParallelConfig:
     """Expert-parallel size (Megatron: expert_model_parallel_size)."""
     sequence: bool = False
     """Sequence parallelism inside the tensor-parallel group (Megatron: sequence_parallel)."""
-    timeout_s: float = 600.0
-    """Deadline of every collective of the training step, in seconds."""
-    rollout_timeout_s: float = 3600.0
-    """Deadline for a replica's ranks to wait for their lead's rollouts, in seconds."""
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert"):
@@ -109,9 +110,6 @@ class ParallelConfig:
             self.virtual_pipeline == 1 or self.pipeline > 1,
             f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1",
         )
-        for name in ("timeout_s", "rollout_timeout_s"):
-            seconds = getattr(self, name)
-            require(seconds > 0, f"parallel.{name}={seconds} must be positive")
 
     @property
     def replica_size(self) -> int:
@@ -400,13 +398,33 @@ class CreditConfig:
     shaping_kappa: float = 2.0
     """tokens=entropy-advantage: at most |advantage| / shaping_kappa is added."""
     advantage: str = "grpo"
-    """grpo (mean and std of the group), dr_grpo (mean only) or rloo."""
-    drop_equal_groups: bool = True
-    """Leave out groups whose rewards are all equal: they carry no signal."""
+    """grpo (mean and std of the group), dr_grpo (mean only), rloo, reinforce++ (mean and std of the
+    global batch) or reinforce++-baseline (mean of the group, std of the global batch)."""
+    equal_groups: str = "drop"
+    """What becomes of groups whose rewards are all equal and so carry no signal: keep (their
+    advantages are 0, their tokens count in the loss's denominator), drop, or resample (drop, and
+    draw further prompts until rollout.prompts_per_step groups have signal: DAPO's dynamic sampling,
+    arXiv 2503.14476)."""
+    resample_rounds: int = 3
+    """equal_groups=resample: rounds of further prompts at most; a round draws exactly as many as
+    are missing, and a step that is still short after the last one trains on what it has."""
 
     def __post_init__(self) -> None:
         one_of("credit.preset", self.preset, ("rest", "rest-paper", "rest-code", "uniform"))
-        one_of("credit.advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
+        methods = ("grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline")
+        one_of("credit.advantage", self.advantage, methods)
+        one_of("credit.equal_groups", self.equal_groups, ("keep", "drop", "resample"))
+        require(
+            self.resample_rounds >= 1,
+            f"credit.resample_rounds={self.resample_rounds} must be at least 1; to draw no further "
+            "prompts set credit.equal_groups=drop",
+        )
+        require(
+            self.equal_groups != "resample" or self.advantage != "reinforce++",
+            "credit.equal_groups=resample has nothing to replace with "
+            "credit.advantage=reinforce++, under which groups of equal rewards carry signal: set "
+            "credit.equal_groups=drop or credit.advantage=reinforce++-baseline",
+        )
         if self.rule is not None:
             one_of("credit.rule", self.rule, ("one_minus_exp", "entropy"))
         one_of(
@@ -463,7 +481,7 @@ class LossConfig:
     weighted-token-mean (the sum of weights), token-mean (the number of trained tokens, DAPO),
     sequence-mean (the mean over trajectories of the mean over a trajectory's tokens, GRPO) or fixed
     (trajectories x fixed_length, Dr. GRPO). Trajectories are those trained on: groups that
-    credit.drop_equal_groups leaves out do not count."""
+    credit.equal_groups leaves out do not count."""
     fixed_length: int = 1024
     """aggregation=fixed only: the length every trajectory counts as; Dr. GRPO takes the most tokens
     a reply may have."""
@@ -553,6 +571,41 @@ class PackingConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """Thresholds on |log-prob of the trainer - log-prob of the engine| of the sampled tokens, which
+    stop a run before the optimizer step whose batch crosses them and keep the batch in
+    RUN/dumps/step_N.
+
+    Both take the same parameters, so the gap is rounding alone: about 1e-6 nats in fp32 on a CPU.
+    With bf16 on GPUs the mean is reported between 0.01 and 0.04 (vllm-project/vime issue 64), and
+    0.1 is the bound that slime's own tests set (THUDM/slime pull request 1968); runs with a fault,
+    or trained far off policy, show 0.2 to 0.4 (Gen-Verse/OpenClaw-RL issue 69). p99 = 1 is ours. A
+    gap that is not finite crosses any threshold. Training on recordings of other parameters
+    (rollout.engine=replay) has a gap by design: set the thresholds to null.
+    """
+
+    every: int = 1
+    """Look every this many steps; 0: never. With loss.scoring=false the trainer's log-probs are not
+    known before the step: nothing is looked at."""
+    mean: float | None = 0.1
+    """Largest mean over the trained tokens of all replicas, in nats; null: any."""
+    p99: float | None = 1.0
+    """Largest 99th percentile, in nats; null: any."""
+    max: float | None = None
+    """Largest single gap, in nats; null: any. In bf16 a rare token may differ by several nats."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"guard.every={self.every} must not be negative; 0: never")
+        for name in ("mean", "p99", "max"):
+            limit = getattr(self, name)
+            require(
+                limit is None or limit > 0,
+                f"guard.{name}={limit} must be positive: trainer and engine round differently; "
+                "null switches it off",
+            )
+
+
+@dataclass(frozen=True)
 class SftConfig:
     """Supervised warm start (`rest-mega sft`)."""
 
@@ -615,7 +668,10 @@ class LoopConfig:
     """Run directory: metrics, checkpoints, report. A run resumes from the newest checkpoint in
     it."""
     steps: int = 100
-    """Training steps."""
+    """Training steps; schedules and curriculum run over all of them."""
+    until: int | None = None
+    """End after this step, with all that a run does after its last one; null: after `steps`. A
+    later run without it goes on as if there had been no pause."""
     seed: int = 0
     """Seed of everything random: prompts, sampling, initialisation."""
     device: str = "auto"
@@ -623,7 +679,9 @@ class LoopConfig:
     save_every: int = 50
     """Checkpoint every this many steps besides the last; 0: only the last."""
     keep_checkpoints: int = 2
-    """Older checkpoints are removed."""
+    """Older checkpoints are removed; 2 or more, so that one is left when the newest is damaged."""
+    async_save: bool = True
+    """Write checkpoints from a forked child while training goes on; false: training waits."""
     export: bool = True
     """Write the final weights as a Hugging Face checkpoint (RUN/hf)."""
     fresh: bool = False
@@ -632,12 +690,55 @@ class LoopConfig:
     def __post_init__(self) -> None:
         one_of("run.device", self.device, ("auto", "cpu", "cuda"))
         require(self.steps >= 0, f"run.steps={self.steps} must not be negative")
+        require(
+            self.until is None or 0 <= self.until <= self.steps,
+            f"run.until={self.until} must be between 0 and run.steps={self.steps}",
+        )
         require(self.save_every >= 0, f"run.save_every={self.save_every} must not be negative")
         require(
             self.keep_checkpoints >= 1,
             f"run.keep_checkpoints={self.keep_checkpoints} must be at least 1",
         )
         require(0 <= self.seed < 2**31, f"run.seed={self.seed} must be in [0, 2^31)")
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this run ends."""
+        return self.steps if self.until is None else self.until
+
+
+@dataclass(frozen=True)
+class DeadlineConfig:
+    """How long each phase of a run may last, in seconds: a rank that is still in it afterwards says
+    which ranks have not come as far, every rank writes its stacks to RUN/hang, and the run ends."""
+
+    start: float = 3600.0
+    """Reading the checkpoint, building model, optimizer and engine."""
+    rollout: float = 7200.0
+    """One step's rollouts, tool calls included."""
+    score: float = 1800.0
+    """One scoring pass."""
+    train: float = 1800.0
+    """One step's optimizer steps."""
+    publish: float = 900.0
+    """Handing the parameters to the engine."""
+    evaluate: float = 7200.0
+    """One evaluation."""
+    save: float = 1800.0
+    """What saving costs the loop: planning a checkpoint, waiting for the one before it, the
+    export."""
+    loop: float = 600.0
+    """Between two phases."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            seconds = getattr(self, item.name)
+            require(seconds > 0, f"deadlines.{item.name}={seconds} must be positive")
+
+    @property
+    def collective(self) -> float:
+        """Deadline of a single collective: past every phase's, whose watchdog tells more."""
+        return float(max(dataclasses.asdict(self).values())) + 60.0
 
 
 @dataclass(frozen=True)
@@ -656,9 +757,11 @@ class RunConfig:
     credit: CreditConfig = field(default_factory=CreditConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
 
     def __post_init__(self) -> None:
         require(
@@ -667,6 +770,11 @@ class RunConfig:
             f"loss.optimizer_steps={self.loss.optimizer_steps} exceeds the trajectories of a step "
             f"({self.rollout.prompts_per_step} prompts x {self.rollout.samples_per_prompt} "
             "samples)",
+        )
+        require(
+            self.credit.advantage != "reinforce++-baseline" or self.rollout.samples_per_prompt > 1,
+            "credit.advantage=reinforce++-baseline takes a group's mean off and needs siblings: "
+            "set rollout.samples_per_prompt to 2 or more, or credit.advantage=reinforce++",
         )
         require(
             self.rollout.max_tokens <= self.packing.tokens,

@@ -6,7 +6,7 @@ import sys
 
 from rest_mega.assemble import open_session, read_inputs
 from rest_mega.config import RunConfig
-from rest_mega.session import INTERRUPTED, Inputs
+from rest_mega.session import Inputs
 
 
 def read(config: RunConfig) -> Inputs:
@@ -19,12 +19,10 @@ def run(config: RunConfig, inputs: Inputs) -> int:
 
     The metrics go to standard output, a line each; the run directory is read and left as it is.
     """
-    session = open_session(config, inputs, "eval", total_steps=1, rollouts=True)
-    try:
+    with open_session(config, inputs, "eval", total_steps=1, rollouts=True) as session:
         session.publish(int(session.resumed.get("step", 0)))
-        metrics = session.measure()
+        with session.phase("evaluate"):
+            metrics = session.measure()
         if session.place.is_head:
             sys.stdout.write("".join(f"{name} {value:.4f}\n" for name, value in metrics.items()))
-        return 0 if metrics else INTERRUPTED
-    finally:
-        session.close()
+        return 0 if metrics else session.interrupted()

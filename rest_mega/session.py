@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rest_mega.config import RunConfig
 from rest_mega.data.chat import ChatFormat
@@ -16,6 +20,7 @@ from rest_mega.records import Prompt
 from rest_mega.rewards import Rubric
 from rest_mega.rollout.collect import Collector
 from rest_mega.rollout.engine import Engine, Sampling
+from rest_mega.run_directory import RunDirectory
 from rest_mega.stop import Stop
 from rest_mega.sync.export import Exporter, save_hf
 from rest_mega.sync.load import Source
@@ -23,12 +28,11 @@ from rest_mega.sync.names import hf_names, hf_shape
 from rest_mega.sync.publish import publish
 from rest_mega.telemetry.report import summary_line, write_report
 from rest_mega.telemetry.reporter import Reporter
-from rest_mega.trainer import checkpoint, parallel
+from rest_mega.trainer import parallel
+from rest_mega.trainer.checkpoint import Saver
 from rest_mega.trainer.model import Architecture
 from rest_mega.trainer.trainer import Trainer
-
-INTERRUPTED = 130
-"""Exit code of a run that a signal ended after it saved its checkpoint."""
+from rest_mega.watchdog import Watchdog
 
 
 @dataclass
@@ -55,11 +59,15 @@ class Session:
     inputs: Inputs
     place: parallel.Parallel
     trainer: Trainer
+    saver: Saver
     exporter: Exporter
     reporter: Reporter
     engine: Engine | None
     collector: Collector | None
     stop: Stop
+    watchdog: Watchdog
+    directory: RunDirectory | None
+    """Held by the head of a run that writes."""
     resumed: Mapping[str, Any] = field(default_factory=dict)
     """The run state of the checkpoint this run resumed from; empty for a new run."""
 
@@ -68,13 +76,20 @@ class Session:
         self._evaluated = int(self.resumed.get("evaluated", -1))
         self._saved = (int(self.resumed.get("step", -1)), self._evaluated)
 
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A named part of the run: timed by the reporter, under its deadline."""
+        with self.reporter.phase(name), self.watchdog.phase(name):
+            yield
+
     def announce(self, step: int) -> None:
         """Say what begins: the model, the layout, where the run stands."""
         a, sizes, run = self.inputs.architecture, self.config.parallel, self.config.run
         count = sum(math.prod(hf_shape(name, a)) for name in hf_names(a))
         size = f"{count / 1e6:.1f} M" if count < 1e9 else f"{count / 1e9:.1f} B"
         layout = f"TP {sizes.tensor} x PP {sizes.pipeline} x CP {sizes.context}"
-        todo = f"steps {step + 1} to {run.steps}" if step < run.steps else f"all {step} steps done"
+        last = run.last_step
+        todo = f"steps {step + 1} to {last}" if step < last else f"all {step} steps done"
         self.reporter.event(
             "start",
             f"{self.verb}: {size} parameters from {self.config.model.path}, {layout} x DP "
@@ -83,7 +98,7 @@ class Session:
 
     def publish(self, step: int) -> None:
         """Load the parameters into the engine, as version `step`."""
-        with self.reporter.phase("publish"):
+        with self.phase("publish"):
             publish(self.exporter, self.engine, step)
         self._published = step
 
@@ -97,7 +112,7 @@ class Session:
             return True
         if self._published != step:
             self.publish(step)
-        with self.reporter.phase("evaluate"):
+        with self.phase("evaluate"):
             metrics = self.measure()
         if not metrics:
             return False
@@ -118,38 +133,62 @@ class Session:
         )
 
     def save(self, step: int, **state: Any) -> None:
-        """Write the checkpoint of `step` with the loop's own `state`, unless it is there
+        """Begin the checkpoint of `step` with the loop's own `state`, unless it is there
         already."""
         if self._saved == (step, self._evaluated):
             return
-        run = self.config.run
         whole = {
             "verb": self.verb,
             "config": self.config.to_dict(),
             "evaluated": self._evaluated,
             **state,
         }
-        with self.reporter.phase("save"):
-            folder = checkpoint.save(self.trainer, Path(run.dir), step, whole, run.keep_checkpoints)
+        with self.phase("save"):
+            self._tell_saved(self.saver.begin(step, whole))
+            if not self.config.run.async_save:
+                self._tell_saved(self.saver.finish())
         self._saved = (step, self._evaluated)
-        self.reporter.event("checkpoint", f"saved {folder}")
 
     def save_where_due(self, step: int, **state: Any) -> None:
-        """Save after every `run.save_every` steps and after the last one."""
+        """Save after every `run.save_every` steps and after the last one; once per step."""
+        with self.phase("save"):
+            self._tell_saved(self.saver.poll())
         if self._due(self.config.run.save_every, step):
             self.save(step, **state)
 
+    def keep(self, step: int, **state: Any) -> None:
+        """Save `step`, and wait until the checkpoint is whole."""
+        self.save(step, **state)
+        self._finish_saving()
+
+    def _finish_saving(self) -> None:
+        with self.phase("save"):
+            self._tell_saved(self.saver.finish())
+
+    def _tell_saved(self, folder: Path | None) -> None:
+        if folder is not None:
+            self.reporter.event("checkpoint", f"saved {folder}")
+
     def interrupt(self, step: int, **state: Any) -> int:
         """Save what was reached; returns the exit code of an interrupted run."""
-        self.save(step, **state)
+        self.keep(step, **state)
+        code = self.interrupted()
         self.reporter.event(
-            "interrupted", f"interrupted after step {step}; the same command resumes there"
+            "interrupted",
+            f"interrupted after step {step} by {signal.Signals(code - 128).name}; the same command "
+            "resumes there",
         )
-        return INTERRUPTED
+        return code
+
+    def interrupted(self) -> int:
+        """Exit code of a run that a signal ended: 128 + its number, the same on every rank (130
+        Ctrl-C, 143 SIGTERM, as of a preempted job)."""
+        return 128 + int(self.place.maximum(np.array([float(self.stop.signal)]))[0])
 
     def finish(self) -> int:
         """Export, report, and the one line that says what came of it; returns the exit code 0."""
         run_dir, head = Path(self.config.run.dir), self.place.is_head
+        self._finish_saving()
         if self.config.run.export and self.place.data_rank == 0:
             architecture, source = self.inputs.architecture, self.config.model.path
             tokenizer = self.config.tokenizer.path
@@ -163,12 +202,25 @@ class Session:
         return 0
 
     def _due(self, every: int, step: int) -> bool:
-        return step == self.config.run.steps or (every > 0 and step > 0 and step % every == 0)
+        return step == self.config.run.last_step or (every > 0 and step > 0 and step % every == 0)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            if error is not None:
+                self.watchdog.tell(error)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End the engine, the reporter and the process groups."""
+        self.watchdog.close()
         self.stop.release()
         if self.engine is not None:
             self.engine.close()
         self.reporter.close()
         parallel.stop()
+        if self.directory is not None:
+            self.directory.release()

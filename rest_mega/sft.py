@@ -23,13 +23,9 @@ def run(config: RunConfig, read: tuple[Inputs, list[Sample]]) -> int:
     """Train on the assistant turns of `sft.data` for `run.steps` steps; evaluates at the end if
     prompts are given."""
     inputs, samples = read
-    session = open_session(
-        config, inputs, "sft", total_steps=config.run.steps, rollouts=bool(inputs.held_out)
-    )
-    try:
+    total, rollouts = config.run.steps, bool(inputs.held_out)
+    with open_session(config, inputs, "sft", total_steps=total, rollouts=rollouts) as session:
         return _loop(session, samples)
-    finally:
-        session.close()
 
 
 def read_samples(config: RunConfig, inputs: Inputs) -> list[Sample]:
@@ -78,12 +74,12 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 def _loop(s: Session, samples: list[Sample]) -> int:
     config, place, step = s.config, s.place, int(s.resumed.get("step", 0))
     s.announce(step)
-    while step < config.run.steps:
+    while step < config.run.last_step:
         if place.sum_one(s.stop()) > 0:
             return s.interrupt(step)
         step += 1
         mine = step_indices(len(samples), config, step)[place.data_rank :: place.data_size]
-        with s.reporter.phase("train"):
+        with s.phase("train"):
             result = s.trainer.supervised_step(s.trainer.pack([samples[i] for i in mine])[0])
         metrics = {
             "train/loss": result.loss,

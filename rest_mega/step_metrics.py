@@ -3,77 +3,63 @@ report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from rest_mega.config import CreditConfig
 from rest_mega.credit import weights as credit
-from rest_mega.credit.advantages import advantages
 from rest_mega.credit.regions import tag_trajectory
 from rest_mega.data.tokenizer import Tokenizer
 from rest_mega.dialects import Region
-from rest_mega.records import Floats, Reals, StepResult, Trajectory
+from rest_mega.records import Floats, StepResult
+from rest_mega.rollout_step import RolloutView
 
 STOPS = ("answered", "turn_limit", "token_limit", "length")
 
 
-@dataclass(frozen=True)
-class RolloutView:
-    """One lead's rollouts of a step; empty on other ranks."""
+def report_rows(
+    view: RolloutView, tokenizer: Tokenizer, dialect: str, raw_K: Floats, count: int
+) -> list[dict[str, Any]]:
+    """At most `count` trajectories, whole groups first, as the report shows them."""
+    flat = [(p, g) for p, group in enumerate(view.groups) for g in range(len(group))][:count]
+    return [_row(view, p, g, tokenizer, dialect, raw_K) for p, g in flat]
 
-    groups: Sequence[Sequence[Trajectory]] = ()
-    rewards_PG: Reals = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
-    parts: Mapping[str, Reals] = field(default_factory=dict)
-    dropped: int = 0
-    credit: CreditConfig = field(default_factory=CreditConfig)
-    dialect: str = "hermes"
-    step: int = 0
 
-    def rows(self, tokenizer: Tokenizer, raw_K: Floats, count: int) -> list[dict[str, Any]]:
-        """At most `count` trajectories, whole groups first, as the report shows them."""
-        if not self.groups:
-            return []
-        advantages_PG = advantages(self.rewards_PG, self.credit.advantage)
-        flat = [(p, g) for p, group in enumerate(self.groups) for g in range(len(group))][:count]
-        return [self._row(p, g, float(advantages_PG[p, g]), tokenizer, raw_K) for p, g in flat]
-
-    def _row(
-        self, p: int, g: int, advantage: float, tokenizer: Tokenizer, raw_K: Floats
-    ) -> dict[str, Any]:
-        t = self.groups[p][g]
-        regions_T = tag_trajectory(t, self.dialect, tokenizer.token_bytes)
-        weights_T = credit.normalise(raw_K, regions_T, t.mask_T, np.zeros_like(t.ids_T))
-        return {
-            "step": self.step,
-            "prompt": t.prompt.id,
-            "kind": str(t.prompt.task.get("kind", t.prompt.environment)),
-            "sibling": t.sibling,
-            "reward": float(self.rewards_PG[p, g]),
-            "parts": {name: float(values[p, g]) for name, values in self.parts.items()},
-            "advantage": advantage,
-            "success": t.result.get("success"),
-            "stop": t.stop,
-            "tokens": [
-                [
-                    tokenizer.token_bytes(int(i)).decode("utf-8", "replace"),
-                    int(r),
-                    *_numbers(m, w, lp),
-                ]
-                for i, r, m, w, lp in zip(
-                    t.ids_T, regions_T, t.mask_T, weights_T, t.logprobs_T, strict=True
-                )
-            ],
-            "turns": [
-                {
-                    "calls": [{"name": c.name, "arguments": dict(c.arguments)} for c in turn.calls],
-                    "outcomes": [{"status": o.status, "content": o.content} for o in turn.outcomes],
-                }
-                for turn in t.turns
-            ],
-        }
+def _row(
+    view: RolloutView, p: int, g: int, tokenizer: Tokenizer, dialect: str, raw_K: Floats
+) -> dict[str, Any]:
+    t = view.groups[p][g]
+    regions_T = tag_trajectory(t, dialect, tokenizer.token_bytes)
+    weights_T = credit.normalise(raw_K, regions_T, t.mask_T, np.zeros_like(t.ids_T))
+    return {
+        "step": view.step,
+        "prompt": t.prompt.id,
+        "kind": str(t.prompt.task.get("kind", t.prompt.environment)),
+        "sibling": t.sibling,
+        "reward": float(view.rewards_PG[p, g]),
+        "parts": {name: float(values[p, g]) for name, values in view.parts.items()},
+        "advantage": float(view.advantages_PG[p, g]),
+        "success": t.result.get("success"),
+        "stop": t.stop,
+        "tokens": [
+            [
+                tokenizer.token_bytes(int(i)).decode("utf-8", "replace"),
+                int(r),
+                *_numbers(m, w, lp),
+            ]
+            for i, r, m, w, lp in zip(
+                t.ids_T, regions_T, t.mask_T, weights_T, t.logprobs_T, strict=True
+            )
+        ],
+        "turns": [
+            {
+                "calls": [{"name": c.name, "arguments": dict(c.arguments)} for c in turn.calls],
+                "outcomes": [{"status": o.status, "content": o.content} for o in turn.outcomes],
+            }
+            for turn in t.turns
+        ],
+    }
 
 
 def _numbers(sampled: bool, weight: float, logprob: float) -> list[float | None]:
@@ -98,7 +84,6 @@ def rollout_metrics(view: RolloutView) -> dict[str, tuple[float, float]]:
             float(sum(not all(u.well_formed for u in t.turns) for t in flat)),
             count,
         ),
-        "groups/without_signal": (float(view.dropped), float(len(view.groups))),
         "rollout/negative_logprob": (
             -float(sum(t.logprobs_T.sum(dtype=np.float64) for t in flat)),
             float(sum(int(t.mask_T.sum()) for t in flat)),

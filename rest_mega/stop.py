@@ -18,6 +18,8 @@ class Stop:
 
     def __init__(self) -> None:
         self._asked_at: float | None = None
+        self.signal = 0
+        """Number of the signal that asked; 0: none did."""
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
 
@@ -42,7 +44,7 @@ class Stop:
         if os.getpid() != self._process:
             self._in_a_child(number)
         elif self._asked_at is None:
-            self._asked_at = now
+            self._asked_at, self.signal = now, number
         elif now - self._asked_at > SAME_SECONDS:
             _end(number)
 

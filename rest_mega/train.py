@@ -5,19 +5,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from rest_mega import guard
 from rest_mega.assemble import open_session, read_inputs
 from rest_mega.config import RunConfig
 from rest_mega.credit import weights as credit
 from rest_mega.credit.advantages import token_rule
-from rest_mega.credit.assign import assign
 from rest_mega.credit.entropy import EntropyTracker
 from rest_mega.data.prompts import PromptStream
 from rest_mega.dialects import Region
-from rest_mega.records import Prompt, Sample
-from rest_mega.rollout.engine import Sampling
+from rest_mega.dump import end_run
+from rest_mega.rollout_step import play_step
 from rest_mega.session import Inputs, Session
-from rest_mega.step_metrics import RolloutView, credit_metrics, rollout_metrics, step_metrics
-from rest_mega.trainer.exchange import share_samples
+from rest_mega.step_metrics import credit_metrics, report_rows, rollout_metrics, step_metrics
 
 
 def read(config: RunConfig) -> Inputs:
@@ -30,11 +29,8 @@ def run(config: RunConfig, inputs: Inputs) -> int:
     """Train with ResT until `run.steps`, from the newest checkpoint of the run directory; returns
     the exit code."""
     total = config.run.steps * config.loss.optimizer_steps
-    session = open_session(config, inputs, "train", total_steps=total, rollouts=True)
-    try:
+    with open_session(config, inputs, "train", total_steps=total, rollouts=True) as session:
         return Loop(session).run()
-    finally:
-        session.close()
 
 
 class Loop:
@@ -42,7 +38,7 @@ class Loop:
 
     def __init__(self, session: Session) -> None:
         config, resumed = session.config, session.resumed
-        self.s, self.config, self.place = session, config, session.place
+        self.s, self.config = session, config
         self.stream = PromptStream(session.inputs.train, config.run.seed)
         self.entropy = EntropyTracker(config.credit.entropy_momentum)
         self.step = int(resumed.get("step", 0))
@@ -54,12 +50,14 @@ class Loop:
         """Steps with publication, evaluation and checkpoints between them."""
         s = self.s
         s.announce(self.step)
+        guard.announce(s)
         s.publish(self.step)
         if not s.evaluate(self.step, first=True):
             return s.interrupt(self.step, **self._state())
-        while self.step < self.config.run.steps:
-            if not self._train_step():
-                return s.interrupt(self.step, **self._state())
+        while self.step < self.config.run.last_step:
+            code = self._train_step()
+            if code is not None:
+                return code
             s.publish(self.step)
             if not s.evaluate(self.step, first=True):
                 return s.interrupt(self.step, **self._state())
@@ -69,23 +67,26 @@ class Loop:
     def _state(self) -> dict[str, Any]:
         return {"prompts": self.stream.state(), "entropy": self.entropy.state()}
 
-    def _train_step(self) -> bool:
-        """One rollout batch and its optimizer steps; False when a stop was asked for, the step then
-        not begun."""
+    def _train_step(self) -> int | None:
+        """One rollout batch and its optimizer steps; an exit code where the run ends instead, the
+        step then not begun: a stop was asked for, or the guard found a mismatch."""
         s, config, step = self.s, self.config, self.step + 1
         cursor = self.stream.state()
-        with s.reporter.phase("rollout"):
-            mine, view = self._rollout(step, self._my_prompts())
-            samples = share_samples(self.place, mine)
-            if self.place.sum_one(samples is None or s.stop()) > 0:
-                self.stream.load(cursor)
-                return False
-        assert samples is not None
-        with s.reporter.phase("score"):
-            parts = s.trainer.pack(samples, config.loss.optimizer_steps)
+        with s.phase("rollout"):
+            rollout = play_step(s, self.stream, step)
+        if rollout is None:
+            self.stream.load(cursor)
+            return s.interrupt(self.step, **self._state())
+        with s.phase("score"):
+            parts = s.trainer.pack(rollout.samples, config.loss.optimizer_steps)
             scores = s.trainer.score(parts)
-            scored = s.trainer.rows.region_sums(parts, scores, len(Region))
-            self.entropy.update(*scored)
+            gap, watched = guard.examine(s, step, rollout, parts, scores)
+        if gap.crossed(config.guard):
+            self.stream.load(cursor)
+            s.keep(self.step, **self._state())
+            return end_run(s, step, rollout, parts, scores, gap)
+        scored = s.trainer.rows.region_sums(parts, scores, len(Region))
+        self.entropy.update(*scored)
         progress, running_K = step / config.run.steps, self.entropy.means_K
         raw_K = credit.region_weights(config.credit, running_K, progress=progress, step=step)
         weights = [
@@ -94,47 +95,16 @@ class Loop:
         ]
         rule = token_rule(config.credit, step)
         parts = s.trainer.rows.scale_advantages(parts, scores, weights, rule)
-        with s.reporter.phase("train"):
+        with s.phase("train"):
             results = [s.trainer.step(*part) for part in zip(parts, scores, weights, strict=True)]
         seen = s.trainer.rows.region_sums(parts, scores, len(Region))
         # What only the training pass has seen (loss.scoring=false) is for the next step.
         self.entropy.update(seen[0] - scored[0], seen[1] - scored[1])
         pulls = s.trainer.rows.pull_sums(parts, weights, len(Region))
         metrics = step_metrics(results) | credit_metrics(*seen, *pulls, raw_K, running_K)
-        metrics |= self.place.merge(rollout_metrics(view))
+        metrics |= s.place.merge(rollout_metrics(rollout.view)) | rollout.counts | watched
         self.step = step
-        s.reporter.step(
-            step, metrics, view.rows(s.inputs.tokenizer, raw_K, config.telemetry.trajectories)
-        )
-        return True
-
-    def _my_prompts(self) -> list[Prompt]:
-        """This replica's share of the step's prompts: whole groups, every rank draws the same
-        stream."""
-        prompts = self.stream.next(self.config.rollout.prompts_per_step)
-        return prompts[self.place.data_rank :: self.place.data_size]
-
-    def _rollout(self, step: int, prompts: list[Prompt]) -> tuple[list[Sample] | None, RolloutView]:
-        """On a lead: play the prompts, reward them, tag and weigh them up; elsewhere nothing."""
-        s, config = self.s, self.config
-        view = RolloutView()
-        if s.collector is None:
-            return None, view
-        sampling = Sampling(config.rollout.temperature, config.rollout.top_p)
-        groups = s.collector.collect(
-            prompts, config.rollout.samples_per_prompt, sampling, ("train", config.run.seed, step)
-        )
-        if groups is None:
-            return None, view
-        rewards_PG, parts = s.inputs.rubric(groups, step)
-        kept, dropped = assign(
-            groups,
-            rewards_PG,
-            config.credit,
-            config.tokenizer.dialect,
-            s.inputs.tokenizer.token_bytes,
-        )
-        view = RolloutView(
-            groups, rewards_PG, parts, dropped, config.credit, config.tokenizer.dialect, step
-        )
-        return [sample for group in kept for sample in group], view
+        tokenizer, shown = s.inputs.tokenizer, config.telemetry.trajectories
+        rows = report_rows(rollout.view, tokenizer, config.tokenizer.dialect, raw_K, shown)
+        s.reporter.step(step, metrics, rows)
+        return None

@@ -1,4 +1,4 @@
-"""The plan of the house holds: who imports whom, who touches what, and the README's tree.
+"""The plan of the house holds: who imports whom, who touches what, and the trees that docs draw.
 
 Read from the sources with `ast`; nothing of the package is imported here.
 """
@@ -25,11 +25,12 @@ GROUND = {"config", "records", "launch"}
 ARROWS: dict[str, set[str]] = {
     "dialects": set(),
     "telemetry": set(),
+    "kernels": set(),
     "data": {"dialects"},
     "environments": {"dialects"},
     "rewards": {"dialects"},
     "credit": {"dialects"},
-    "losses": set(),
+    "losses": {"kernels"},
     "rollout": {"data", "dialects", "environments"},
     "trainer": {"losses"},
     "sync": {"trainer", "rollout"},
@@ -37,10 +38,11 @@ ARROWS: dict[str, set[str]] = {
 }
 """Room -> the rooms it may import besides itself and the ground; downwards only."""
 TOP = {
-    "__main__", "assemble", "cli", "evaluate", "session", "sft", "step_metrics", "stop", "train",
+    "__main__", "assemble", "cli", "dump", "evaluate", "guard", "rollout_step", "run_directory",
+    "session", "sft", "step_metrics", "stop", "train", "watchdog",
 }  # fmt: skip
 """Modules that put rooms together; no room imports them."""
-PURE = ("data", "dialects", "environments", "rewards", "credit", "losses")
+PURE = ("data", "dialects", "environments", "rewards", "credit", "losses", "kernels")
 NARROW = {
     "sync": {"rollout.engine"},
     "evaluation": {"trainer.parallel", "rollout.collect", "rollout.engine"},
@@ -132,6 +134,15 @@ def test_pure_rooms_touch_neither_megatron_nor_the_environment_nor_logging(name:
 
 def test_megatron_is_imported_by_trainer_and_sync_alone() -> None:
     assert {room(name) for name in users("megatron")} <= {"trainer", "sync"}
+
+
+def test_triton_is_loaded_where_its_kernels_are_asked_for() -> None:
+    assert users("triton") == {"kernels/head.py"}
+    for name, tree in TREES.items():
+        at_import = ast.Module(
+            [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
+        )
+        assert "rest_mega.kernels.head" not in set(imports(at_import)), name
 
 
 def test_no_string_names_megatron_elsewhere() -> None:
@@ -228,7 +239,7 @@ def test_the_command_line_answers_without_torch() -> None:
     assert done.stdout.strip() == "2 False", done.stderr
 
 
-# ------------------------------------------------------------------ the README's tree
+# ------------------------------------------------------------------ the trees that docs draw
 
 
 def listed(readme: str) -> set[str]:
@@ -278,5 +289,8 @@ def test_the_real_tree_has_rooms_files_and_no_caches() -> None:
     }
 
 
-def test_the_readme_draws_the_real_tree() -> None:
-    assert listed((ROOT / "README.md").read_text("utf-8")) == real()
+def test_the_tree_is_drawn_as_it_is() -> None:
+    """docs/tree.md has every file, the README the top files and the rooms."""
+    assert listed((ROOT / "docs" / "tree.md").read_text("utf-8")) == real()
+    top = {path for path in real() if "/" not in path.removesuffix("/")}
+    assert listed((ROOT / "README.md").read_text("utf-8")) == top

@@ -1,7 +1,14 @@
 """Rewards of the siblings of each prompt -> advantages, and what single tokens make of them.
 
 Sources: GRPO (arXiv 2402.03300; unbiased std, + 1e-6), Dr. GRPO (arXiv 2503.20783; mean only), RLOO
-(arXiv 2402.14740; the mean of the other siblings).
+(arXiv 2402.14740; the mean of the other siblings), REINFORCE++ (arXiv 2501.03262; standardised over
+the global batch, or centred on the group's mean and divided by the std of what that leaves in the
+global batch; biased std as in the authors' OpenRLHF, which counts a trajectory once per token
+though, here it counts once).
+
+The global batch of REINFORCE++ is the groups that are trained on, over all replicas: what
+`credit.equal_groups` leaves out is not in it, so that the advantages of what remains have a std of
+one however many groups were without signal.
 
 A token rule is a factor >= 0 on each token's advantage. The surrogates are positively homogeneous
 in the advantage, so the factor scales the token's loss and leaves its clipping and the global
@@ -23,6 +30,7 @@ on either side of it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -30,33 +38,46 @@ import numpy as np
 import numpy.typing as npt
 
 from rest_mega.config import CreditConfig, one_of, require
+from rest_mega.credit.ranking import Keys, kth_largest, ordered
 from rest_mega.records import Bools, Floats, Reals, Total, TrainedRows
 
 Doubles = npt.NDArray[np.float64]
-Keys = npt.NDArray[np.uint32]
 TokenRule = Callable[[TrainedRows, Total], Floats]
 """(the rows of this rank, sum over all ranks) -> factor_R on their advantages."""
 
 
-def advantages(rewards_PG: Reals, method: str) -> Floats:
+def advantages(rewards_PG: Reals, method: str, batch_PG: Reals | None = None) -> Floats:
     """advantages_PG of every sibling; 0 in groups without signal.
 
-    `method`: grpo, dr_grpo or rloo. A group of one has no siblings to compare with: its mean counts
-    as 0 and its std as 1. Raises ConfigError on an unknown method and on rewards that are not
-    finite.
+    `method`: grpo, dr_grpo or rloo, for which a group of one has no siblings to compare with: its
+    mean counts as 0 and its std as 1; or reinforce++ or reinforce++-baseline, which look at
+    `batch_PG`, the rewards of the global batch (None: these groups are all of it). The same batch
+    in any order gives the same bits. Raises ConfigError on an unknown method, on rewards that are
+    not finite, and for reinforce++-baseline in groups of one.
     """
-    one_of("credit.advantage", method, METHODS)
+    one_of("credit.advantage", method, (*METHODS, *BATCH_METHODS))
     rewards = _check(rewards_PG)
+    if method in BATCH_METHODS:
+        batch = rewards if batch_PG is None else _check(batch_PG)
+        return BATCH_METHODS[method](rewards, batch).astype(np.float32)
     if rewards.shape[1] == 1:
         return rewards.astype(np.float32)
     result = METHODS[method](rewards - rewards.mean(axis=1, keepdims=True))
     # Equal rewards differ from their mean by rounding alone, which a small std would blow up.
-    return np.where(has_signal(rewards_PG)[:, None], result, 0.0).astype(np.float32)
+    return np.where(has_signal(rewards_PG, method)[:, None], result, 0.0).astype(np.float32)
 
 
-def has_signal(rewards_PG: Reals) -> Bools:
-    """signal_P: the group's rewards are not all equal (in a group of one: the reward is not 0)."""
+def has_signal(rewards_PG: Reals, method: str) -> Bools:
+    """signal_P: the group's rewards are not all equal (in a group of one: the reward is not 0).
+
+    Under reinforce++ a group of equal rewards still says how it compares with the others: all
+    groups have signal unless the rewards of all of them are equal, `rewards_PG` being all of the
+    step.
+    """
     rewards = _check(rewards_PG)
+    if method == "reinforce++":
+        differ = rewards.size > 0 and rewards.max() > rewards.min()
+        return np.full(len(rewards), differ)
     return np.asarray(
         rewards[:, 0] != 0 if rewards.shape[1] == 1 else rewards.max(axis=1) > rewards.min(axis=1)
     )
@@ -79,6 +100,45 @@ METHODS: Mapping[str, Callable[[Doubles], Doubles]] = MappingProxyType(
     {"grpo": _grpo, "dr_grpo": _dr_grpo, "rloo": _rloo}
 )
 """Name -> function of the rewards centred on their group's mean, G > 1."""
+
+
+def _reinforce(rewards: Doubles, batch: Doubles) -> Doubles:
+    mean = _mean(batch)
+    return _over_std(rewards - mean, batch - mean)
+
+
+def _reinforce_baseline(rewards: Doubles, batch: Doubles) -> Doubles:
+    require(
+        rewards.shape[1] > 1,
+        "credit.advantage=reinforce++-baseline takes a group's mean off and needs siblings: set "
+        "rollout.samples_per_prompt to 2 or more, or credit.advantage=reinforce++",
+    )
+    return _over_std(_centred(rewards), _centred(batch))
+
+
+BATCH_METHODS: Mapping[str, Callable[[Doubles, Doubles], Doubles]] = MappingProxyType(
+    {"reinforce++": _reinforce, "reinforce++-baseline": _reinforce_baseline}
+)
+"""Name -> function of the rewards of some groups and of those of the global batch."""
+
+
+def _centred(rewards: Doubles) -> Doubles:
+    """Every group minus its mean; exact zeros where its rewards are equal."""
+    means = np.array([_mean(group) for group in rewards]).reshape(-1, 1)
+    equal = rewards.max(axis=1, keepdims=True) == rewards.min(axis=1, keepdims=True)
+    return np.where(equal, 0.0, rewards - means)
+
+
+def _over_std(centred: Doubles, batch: Doubles) -> Doubles:
+    """`centred` over the std of the centred batch; zeros where nothing in the batch differs."""
+    if not batch.size or batch.max() == batch.min():
+        return np.zeros_like(centred)
+    return np.asarray(centred / (math.sqrt(_mean(batch**2)) + 1e-8))
+
+
+def _mean(values: Doubles) -> float:
+    """The mean, its sum rounded once: no order of the values changes a bit."""
+    return math.fsum(values.ravel()) / max(values.size, 1)
 
 
 def _check(rewards_PG: Reals) -> Doubles:
@@ -147,28 +207,6 @@ TOKENS: Mapping[str, Callable[[CreditConfig, int, TrainedRows, Total], Floats]] 
     }
 )
 """Name -> factor_R of the rows' advantages; composes with every preset of weights."""
-
-
-def kth_largest(keys_R: Keys, k: int, total: Total) -> int:
-    """The k-th largest (k >= 1) of the keys of all ranks, by their bytes from the top (radix
-    select); 0 when there are fewer than k. Every rank calls it together: four sums of 256
-    counts."""
-    found, held_R = 0, keys_R
-    for shift in (24, 16, 8, 0):
-        bytes_R = (held_R >> np.uint32(shift)) & np.uint32(255)
-        counts = total(np.bincount(bytes_R, minlength=256).astype(np.float64))
-        from_top = np.cumsum(counts[::-1])
-        at = min(int(np.searchsorted(from_top, k)), 255)
-        k -= int(from_top[at - 1]) if at else 0
-        held_R = held_R[bytes_R == 255 - at]
-        found = found << 8 | (255 - at)
-    return found
-
-
-def ordered(values_R: Floats) -> Keys:
-    """Keys in the order of the values: their bits, negative numbers turned round."""
-    bits_R = (np.asarray(values_R, dtype=np.float32) + np.float32(0)).view(np.uint32)  # -0 is 0
-    return np.asarray(np.where(bits_R >> 31, ~bits_R, bits_R | np.uint32(1 << 31)))
 
 
 def lots(rows: TrainedRows, step: int) -> Keys:

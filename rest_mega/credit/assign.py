@@ -5,31 +5,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from rest_mega.config import CreditConfig
-from rest_mega.credit.advantages import advantages, has_signal
+from rest_mega.credit.advantages import has_signal
 from rest_mega.credit.regions import tag_trajectory
-from rest_mega.records import Reals, Sample, Trajectory
+from rest_mega.records import Bools, Reals, Sample, Trajectory
+
+
+def trained_groups(rewards_PG: Reals, config: CreditConfig) -> Bools:
+    """trained_P: the groups of a step that are trained on: all of them with `equal_groups=keep`,
+    otherwise those with signal."""
+    signal_P = has_signal(rewards_PG, config.advantage)
+    return np.ones_like(signal_P) if config.equal_groups == "keep" else signal_P
 
 
 def assign(
     groups: Sequence[Sequence[Trajectory]],
-    rewards_PG: Reals,
-    config: CreditConfig,
+    advantages_PG: Reals,
     dialect: str,
     token_bytes: Callable[[int], bytes],
-) -> tuple[list[list[Sample]], int]:
-    """(samples of the kept groups, number of groups whose equal rewards carry no signal).
-
-    Groups without signal are left out when `config.drop_equal_groups`; otherwise their advantages
-    are 0.
-    """
-    advantages_PG, signal_P = advantages(rewards_PG, config.advantage), has_signal(rewards_PG)
-    kept = [
-        [_sample(t, float(a), dialect, token_bytes) for t, a in zip(group, row, strict=True)]
-        for group, row, signal in zip(groups, advantages_PG, signal_P, strict=True)
-        if signal or not config.drop_equal_groups
+) -> list[Sample]:
+    """The samples of all groups, one after another, with the advantages given."""
+    return [
+        _sample(trajectory, float(advantage), dialect, token_bytes)
+        for group, row in zip(groups, advantages_PG, strict=True)
+        for trajectory, advantage in zip(group, row, strict=True)
     ]
-    return kept, int((~signal_P).sum())
 
 
 def _sample(

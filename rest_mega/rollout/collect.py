@@ -29,6 +29,12 @@ class _Episode:
     stop: str = ""
 
 
+def turn_seed(seed: object, prompt: str, sibling: int, turn: int) -> int:
+    """What decides a turn's draws: the seed of the collection, the prompt's id, sibling and
+    turn."""
+    return seed_of(seed, prompt, sibling, turn)
+
+
 def check_prompts(prompts: Sequence[Prompt], chat: ChatFormat, max_tokens: int) -> None:
     """ConfigError when a prompt's environment is unknown or refuses its task, or when the prompt
     leaves no room to reply."""
@@ -115,7 +121,7 @@ class Collector:
 
     def _request(self, episode: _Episode, seed: object) -> Request:
         room = self._config.max_tokens - len(episode.ledger)
-        drawn_by = seed_of(seed, episode.prompt.id, episode.sibling, len(episode.turns))
+        drawn_by = turn_seed(seed, episode.prompt.id, episode.sibling, len(episode.turns))
         return Request(episode.ledger.ids_T, min(self._config.max_new_tokens, room), drawn_by)
 
     def _advance(self, episode: _Episode, done: Completion) -> None:

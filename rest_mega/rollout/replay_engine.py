@@ -60,7 +60,7 @@ class RecordingEngine:
         self._inner.play(requests, sampling, recorded)
 
     def _record(self, request: Request, done: Completion, sampling: Sampling) -> None:
-        line = json.dumps(_row(request, done, sampling)) + "\n"
+        line = json.dumps(recorded_row(request, done, sampling)) + "\n"
         with self._lock:
             self._file.write(line)
             self._file.flush()
@@ -75,7 +75,8 @@ def _key(request: Request, sampling: Sampling) -> tuple[int, int, bool]:
     return request.seed, len(request.ids_T), sampling.greedy
 
 
-def _row(request: Request, done: Completion, sampling: Sampling) -> dict[str, Any]:
+def recorded_row(request: Request, done: Completion, sampling: Sampling) -> dict[str, Any]:
+    """One line of a recording, as JSON holds it."""
     return {
         "key": _key(request, sampling),
         "ids": done.ids_T.tolist(),

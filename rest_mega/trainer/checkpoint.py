@@ -1,10 +1,9 @@
 """Checkpoints: parameters and optimizer state as a Megatron distributed checkpoint, plus the run's
 own state.
 
-A checkpoint is a folder RUN/checkpoints/step_NNNNNNNN that appears whole: it is written under
-another name and renamed when every rank has written its part. It loads at any TP, PP, VPP and DP.
-`run_state.json` holds what is not a tensor (step, version, prompt cursor, entropy statistics,
-config) as plain JSON.
+Saving costs the loop a plan (a collective) and a fork: the child writes memory as it was, while
+training goes on. Every rank checksums what it wrote; the head puts the checkpoint in its place when
+all have written (see checkpoint_files). It loads at any TP, PP, VPP, EP and DP.
 """
 
 from __future__ import annotations
@@ -12,82 +11,153 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import os
-import re
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from rest_mega.config import ConfigError
+from rest_mega.trainer.background import Background
+from rest_mega.trainer.checkpoint_files import (
+    candidates,
+    checksum,
+    complete,
+    damage,
+    damaged_file,
+    folder_of,
+    read_manifest,
+    read_state,
+)
+from rest_mega.trainer.device import results_queue
+from rest_mega.trainer.parallel import Parallel
 from rest_mega.trainer.trainer import Trainer
 
-_STATE = "run_state.json"
-_KEYS = ("step", "optimizer_steps", "verb", "config")
+T = TypeVar("T")
 
 
-def newest(run_dir: Path) -> Path | None:
-    """The complete checkpoint with the highest step in `run_dir`, or None."""
-    found = [
-        p
-        for p in (run_dir / "checkpoints").glob("step_*")
-        if (p / _STATE).is_file() and _step(p) is not None
-    ]
-    return max(found, key=lambda p: _step(p) or 0, default=None)
+# ------------------------------------------------------------------ saving
 
 
-def _step(folder: Path) -> int | None:
-    match = re.fullmatch(r"step_(\d+)", folder.name)
-    return int(match.group(1)) if match else None
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The run state kept in a checkpoint; ConfigError when it is damaged."""
-    try:
-        state = json.loads((folder / _STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise _damaged(folder, str(error)) from error
-    missing = [key for key in _KEYS if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise _damaged(folder, f"it lacks {', '.join(missing)}")
-    return dict(state)
-
-
-def _damaged(folder: Path, why: str) -> ConfigError:
-    return ConfigError(
-        f"{folder / _STATE} cannot be read ({why}); move {folder} away to resume from the "
-        "checkpoint before it, or start anew with run.fresh=true"
-    )
-
-
-def save(trainer: Trainer, run_dir: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `step` and remove all but the newest `keep`; every rank calls it
+class Saver:
+    """Saves checkpoints while training goes on, one at a time; every method is called by all ranks
     together."""
-    from megatron.core import dist_checkpointing
 
-    parallel = trainer.parallel
-    folder = run_dir / "checkpoints" / f"step_{step:08d}"
-    partial = folder.with_name(folder.name + ".partial")
-    if parallel.is_head:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    parallel.barrier()
-    dist_checkpointing.save(
-        _sharded(trainer, is_loading=False), str(partial), **_sync_options(dist_checkpointing.save)
-    )
-    parallel.barrier()
-    if parallel.is_head:
-        whole = dict(state) | {"step": step, "optimizer_steps": trainer.optimizer_steps}
-        (partial / _STATE).write_text(json.dumps(whole, indent=1))
-        _put_in_place(partial, folder)
-        _prune(folder.parent, keep)
-    parallel.barrier()
-    return folder
+    def __init__(self, trainer: Trainer, run_dir: Path, keep: int) -> None:
+        """`keep`: how many checkpoints stay."""
+        self._trainer, self._run_dir, self._keep = trainer, run_dir, keep
+        self._pending: _Pending | None = None
+
+    def begin(self, step: int, state: Mapping[str, Any]) -> Path | None:
+        """Start writing the checkpoint of `step`, parameters and optimizer as they are now; an
+        earlier one is completed first and returned."""
+        earlier = self.finish()
+        whole = dict(state) | {"step": step, "optimizer_steps": self._trainer.optimizer_steps}
+        self._pending = _Pending(self._trainer, folder_of(self._run_dir, step), whole)
+        return earlier
+
+    def poll(self) -> Path | None:
+        """The checkpoint, if it became complete since the last call; does not wait."""
+        return self.finish() if self._pending is not None and self._pending.ready() else None
+
+    def finish(self) -> Path | None:
+        """Wait for the checkpoint that is being written and put it in its place; None when there
+        was none.
+
+        OSError on all ranks when one could not write: the checkpoints before it stay.
+        """
+        pending, self._pending = self._pending, None
+        return pending.finish(self._keep) if pending else None
 
 
-def _sync_options(save_function: Any) -> dict[str, Any]:
+class _Pending:
+    """One checkpoint that is being written."""
+
+    def __init__(self, trainer: Trainer, folder: Path, state: Mapping[str, Any]) -> None:
+        from megatron.core import dist_checkpointing
+
+        self._parallel, self._folder, self._state = trainer.parallel, folder, state
+        self._partial = self._make_partial()
+        self._request = dist_checkpointing.save(
+            _sharded(trainer, is_loading=False),
+            str(self._partial),
+            async_sharded_save=True,
+            **_mcore_strategy(dist_checkpointing.save),
+        )
+        self._writer = Background(self._write_call())
+
+    def _make_partial(self) -> Path:
+        """A folder that no other save writes to, made by the head."""
+
+        def make() -> str:
+            name = f"{self._folder.name}.partial-{secrets.token_hex(4)}"
+            self._folder.parent.mkdir(exist_ok=True)  # not its parents: a lost run.dir is an error
+            self._folder.with_name(name).mkdir()
+            return name
+
+        name = _agreed(self._parallel, lambda: make() if self._parallel.is_head else "")
+        return self._folder.with_name(self._parallel.gather_text(name)[0])
+
+    def _write_call(self) -> Callable[[], tuple[Any, dict[str, tuple[int, int]]]]:
+        """What the child does: mcore's own writing; returns mcore's result and the sums of this
+        rank's files."""
+        request, partial, rank = self._request, self._partial, self._parallel.rank
+        arguments = list(request.async_fn_args)
+        if request.preload_fn is not None:
+            arguments[1] = request.preload_fn()  # to host memory
+
+        def write() -> tuple[Any, dict[str, tuple[int, int]]]:
+            if request.async_fn is None:
+                return None, {}
+            request.async_fn(*arguments, **request.async_fn_kwargs)
+            result = results_queue().get_nowait()
+            if isinstance(result, Exception):
+                free = shutil.disk_usage(partial).free / 2**20
+                raise OSError(f"{result} ({free:.0f} MiB are free in {partial.parent})")
+            return result, {f.name: checksum(f) for f in partial.glob(f"__{rank}_*")}
+
+        return write
+
+    def ready(self) -> bool:
+        """True when every rank has written its part."""
+        return self._parallel.sum_one(self._writer.ready()) == self._parallel.world_size
+
+    def finish(self, keep: int) -> Path:
+        """Wait for all ranks, then let the head complete the checkpoint."""
+        result, sums = _agreed(self._parallel, self._writer.result)
+        if result is not None:
+            results_queue().put(result)
+        for finalize in self._request.finalize_fns:
+            finalize()
+        texts = self._parallel.gather_text(json.dumps(sums))
+        everyone = {k: (v[0], v[1]) for text in texts for k, v in json.loads(text).items()}
+
+        def end() -> None:
+            complete(self._partial, self._folder, self._state, everyone, keep)
+
+        _agreed(self._parallel, end if self._parallel.is_head else lambda: None)
+        return self._folder
+
+
+def _agreed(parallel: Parallel, call: Callable[[], T]) -> T:
+    """What `call()` returns; where it raises OSError on some ranks, all ranks raise it."""
+    value: T | None = None
+    problem = ""
+    try:
+        value = call()
+    except OSError as error:
+        problem = f"rank {parallel.rank}: {error}"
+    problems = [text for text in parallel.gather_text(problem) if text]
+    if problems:
+        raise OSError(
+            f"the checkpoint cannot be written; the ones before it are intact. {problems[0]}"
+        )
+    return cast(T, value)
+
+
+def _mcore_strategy(save_function: Any) -> dict[str, Any]:
     """mcore 0.17 and later choose an asynchronous strategy that needs another package unless told
     otherwise."""
     return (
@@ -97,22 +167,28 @@ def _sync_options(save_function: Any) -> dict[str, Any]:
     )
 
 
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Rename `partial` to `folder`; what stood there is removed only afterwards."""
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+# ------------------------------------------------------------------ loading
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep`, and what interrupted saves left behind."""
-    complete = sorted(
-        (p for p in folder.glob("step_*") if _step(p) is not None), key=lambda p: _step(p) or 0
-    )
-    for old in [*complete[:-keep], *folder.glob("step_*.partial"), *folder.glob("step_*.old")]:
-        shutil.rmtree(old, ignore_errors=True)
+def find_intact(parallel: Parallel, run_dir: Path) -> tuple[Path | None, list[str]]:
+    """(the newest checkpoint whose files are what was written, what is wrong with the newer ones),
+    the same on every rank. All ranks read: each checks its share of the files."""
+    problems: list[str] = []
+    for name in parallel.gather_text("\n".join(map(str, candidates(run_dir))))[0].splitlines():
+        problem = _find_damage(parallel, Path(name))
+        if not problem:
+            return Path(name), problems
+        problems.append(problem)
+    return None, problems
+
+
+def _find_damage(parallel: Parallel, folder: Path) -> str:
+    """What is wrong with a checkpoint, found by all ranks together; empty: nothing."""
+    problem = parallel.gather_text(damage(folder) if parallel.is_head else "")[0]
+    if problem:
+        return problem
+    mine = sorted(read_manifest(folder))[parallel.rank :: parallel.world_size]
+    return next(filter(None, parallel.gather_text(damaged_file(folder, mine))), "")
 
 
 @torch.no_grad()

@@ -367,13 +367,16 @@ def _adapt_moe() -> None:
 
 def _adapt_checkpointing() -> None:
     """The writer's result queue is made by a spawned manager (10 s of imports per rank, and it
-    outlives a rank that is killed); our saves use it within one process."""
+    outlives a rank that is killed); trainer.checkpoint carries the result to the parent itself."""
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     for name in ("_get_write_results_queue", "get_write_results_queue"):
         if hasattr(writer, name):
-            setattr(writer, name, _results_queue)
+            setattr(writer, name, results_queue)
 
 
-@functools.cache
-def _results_queue(*_: object) -> queue.Queue[Any]:
-    return queue.Queue()
+_RESULTS: queue.Queue[Any] = queue.Queue()
+
+
+def results_queue(*_: object) -> queue.Queue[Any]:
+    """Where mcore's checkpoint writer leaves its result, in the process that wrote."""
+    return _RESULTS

@@ -1,4 +1,5 @@
-"""Samples travel from a replica's lead to its other ranks as plain arrays: nothing is unpickled."""
+"""Samples travel from a replica's lead to its other ranks as plain arrays, and rewards to all
+ranks: nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from rest_mega.records import Sample
+from rest_mega.records import Reals, Sample
 from rest_mega.trainer.parallel import Parallel
 
 
@@ -21,6 +23,23 @@ def share_samples(parallel: Parallel, samples: Sequence[Sample] | None) -> list[
     if shared["stop"][0]:
         return None
     return _restore(shared) if "ids" in shared else []
+
+
+def share_rewards(
+    parallel: Parallel, rewards_PG: Reals | None, prompts: int, siblings: int, stop: bool
+) -> npt.NDArray[np.float64] | None:
+    """The rewards of all replicas' groups on every rank, in the order of the prompts, of which
+    replica r of n has played [r::n]; None on every rank when one asked to `stop` or a lead passes
+    None. Ranks that are no leads pass None.
+
+    Every place has one lead that fills it, so the sum is exact and the same at any layout.
+    """
+    stop = stop or (parallel.is_lead and rewards_PG is None)
+    whole_PG = np.zeros((prompts, siblings))
+    if parallel.is_lead and rewards_PG is not None and len(rewards_PG):
+        whole_PG[parallel.data_rank :: parallel.data_size] = rewards_PG
+    summed = parallel.sum(np.concatenate([[float(stop)], whole_PG.ravel()]))
+    return None if summed[0] > 0 else summed[1:].reshape(prompts, siblings)
 
 
 def _flatten(samples: Sequence[Sample]) -> dict[str, np.ndarray[Any, Any]]:

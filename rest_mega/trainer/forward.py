@@ -75,6 +75,8 @@ class Runner:
     parallel: Parallel
     vocab_size: int
     temperature: float
+    head: str
+    """model.head."""
 
     def train(self, batches: Sequence[Microbatch], loss: MicrobatchLoss) -> None:
         """Forward and backward of all micro-batches, gradients reduced and ready for the
@@ -152,6 +154,7 @@ class Runner:
             vocab_start=self.parallel.tensor_rank * weight_VD.shape[0],
             vocab_size=self.vocab_size,
             reduce_hidden_grad=not sequence,
+            form=self.head,
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rest_mega.records import Floats, Ints, Microbatch, Total, TrainedRows
+from rest_mega.records import Floats, Ints, Microbatch, SmallInts, Total, TrainedRows
 from rest_mega.trainer.forward import local_part
 from rest_mega.trainer.parallel import Parallel
 
@@ -22,6 +22,21 @@ class Scores:
 
     logprob_R: Floats
     entropy_R: Floats
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """The rows that this rank's LM head has scored, of all micro-batches; none without a head."""
+
+    sample_R: Ints
+    """Index into this replica's samples."""
+    token_R: Ints
+    """Index into the sample's ids."""
+    regions_R: SmallInts
+    trainer_R: Floats
+    """Log-prob of the scoring pass, in nats."""
+    engine_R: Floats
+    """Log-prob of the rollout, in nats."""
 
 
 class GlobalRows:
@@ -48,6 +63,21 @@ class GlobalRows:
                     sums[1] += np.bincount(found, minlength=regions)
         total = self.total(sums)
         return total[0], total[1]
+
+    def scored(
+        self, parts: Sequence[Sequence[Microbatch]], scores: Sequence[Sequence[Scores]]
+    ) -> ScoredRows:
+        """The rows with scores that this rank holds, and where they stand; not collective."""
+        columns, before = [], 0
+        for part, rows in zip(parts, scores, strict=True):
+            for b, row in zip(part, rows, strict=True):
+                i = self._held(b) if len(row.logprob_R) else self._held(b)[:0]
+                columns.append(
+                    (before + b.sample_T[i], 1 + b.positions_T[i], b.regions_T[i],
+                     row.logprob_R, b.logprobs_T[i])
+                )  # fmt: skip
+            before += 1 + max(int(b.sample_T.max(initial=-1)) for b in part)
+        return ScoredRows(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
     def pull_sums(
         self,

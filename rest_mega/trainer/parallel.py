@@ -6,8 +6,8 @@ ranks, is the one that talks to the rollout engine and to the tools. Groups made
 
 - mcore's own groups (TP, PP, DP, ...) carry tensors of the training step: gloo on a CPU, NCCL on
   GPUs;
-- `control` (all ranks) and `replica` are gloo and carry small host data; their deadline is the
-  rollout's, so that NCCL's watchdog never times a rollout.
+- `control` (all ranks) and `replica` are gloo and carry small host data, so that NCCL's watchdog
+  never times a rollout.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import datetime
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from rest_mega import launch
-from rest_mega.config import ConfigError, ParallelConfig
+from rest_mega.config import ConfigError, DeadlineConfig, ParallelConfig
 from rest_mega.trainer import device as devices
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -45,6 +47,8 @@ class Parallel:
     """mcore's ProcessGroupCollection."""
     replica: dist.ProcessGroup
     control: dist.ProcessGroup
+    store: distributed_c10d.Store
+    """Small facts that all ranks share, beside the collectives."""
     replica_ranks: tuple[int, ...]
     tensor_rank: int
     pipeline_rank: int
@@ -89,6 +93,10 @@ class Parallel:
         """Element-wise sum over all ranks (float64)."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
+    def sum_in_replica(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Element-wise sum over the ranks of this replica (float64)."""
+        return self._reduce(values, dist.ReduceOp.SUM, self.replica)
+
     def sum_one(self, value: float) -> float:
         """Sum of one number over all ranks."""
         return float(self.sum(np.array([float(value)]))[0])
@@ -97,9 +105,11 @@ class Parallel:
         """Element-wise maximum over all ranks (float64)."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
-    def _reduce(self, values: npt.NDArray[np.float64], op: Any) -> npt.NDArray[np.float64]:
+    def _reduce(
+        self, values: npt.NDArray[np.float64], op: Any, group: dist.ProcessGroup | None = None
+    ) -> npt.NDArray[np.float64]:
         tensor = torch.from_numpy(np.array(values, dtype=np.float64))
-        dist.all_reduce(tensor, op=op, group=self.control)
+        dist.all_reduce(tensor, op=op, group=group or self.control)
         return tensor.numpy()
 
     def share(self, arrays: Arrays | None) -> dict[str, npt.NDArray[Any]]:
@@ -157,7 +167,9 @@ def _unpack(data: torch.Tensor) -> dict[str, npt.NDArray[Any]]:
         return {name: archive[name] for name in archive.files}
 
 
-def start(config: ParallelConfig, device_name: str) -> Parallel:
+def start(
+    config: ParallelConfig, device_name: str, deadlines: DeadlineConfig | None = None
+) -> Parallel:
     """Join the run: process groups, mcore's parallel state, this rank's device.
 
     ConfigError when the world size does not fit the parallel sizes or the device is not there.
@@ -169,9 +181,10 @@ def start(config: ParallelConfig, device_name: str) -> Parallel:
     else:
         torch.set_num_threads(1)
     device = devices.resolve(device_name)
-    _join(config, device)
-    _model_parallel(config)
-    return _place(config, device)
+    deadline = datetime.timedelta(seconds=(deadlines or DeadlineConfig()).collective)
+    _join(device, deadline)
+    _model_parallel(config, deadline)
+    return _place(config, device, deadline)
 
 
 def stop() -> None:
@@ -183,7 +196,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _join(config: ParallelConfig, device: torch.device) -> None:
+def _join(device: torch.device, deadline: datetime.timedelta) -> None:
     if dist.is_initialized():
         return
     launch.keep_gloo_on_loopback()
@@ -192,11 +205,11 @@ def _join(config: ParallelConfig, device: torch.device) -> None:
         init_method=launch.rendezvous(),
         rank=launch.rank(),
         world_size=launch.world_size(),
-        timeout=datetime.timedelta(seconds=config.timeout_s),
+        timeout=deadline,
     )
 
 
-def _model_parallel(config: ParallelConfig) -> None:
+def _model_parallel(config: ParallelConfig, deadline: datetime.timedelta) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     if parallel_state.model_parallel_is_initialized():
@@ -211,19 +224,18 @@ def _model_parallel(config: ParallelConfig) -> None:
         else None,
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
-        distributed_timeout_minutes=max(1, int(config.timeout_s // 60)),
+        distributed_timeout_minutes=math.ceil(deadline.total_seconds() / 60),
         create_gloo_process_groups=False,
     )
     # mcore forks this stream around its parallel regions; with dropout 0 nothing is drawn from it.
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
-def _place(config: ParallelConfig, device: torch.device) -> Parallel:
+def _place(config: ParallelConfig, device: torch.device, deadline: datetime.timedelta) -> Parallel:
     from megatron.core import parallel_state as state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    wait = datetime.timedelta(seconds=config.rollout_timeout_s)
-    control = dist.new_group(backend="gloo", timeout=wait)
+    control = dist.new_group(backend="gloo", timeout=deadline)
     data_rank = state.get_data_parallel_rank()
     everyone = torch.zeros(launch.world_size(), dtype=torch.int64)
     everyone[launch.rank()] = data_rank
@@ -232,7 +244,7 @@ def _place(config: ParallelConfig, device: torch.device) -> Parallel:
         tuple(torch.nonzero(everyone == r).flatten().tolist())
         for r in range(int(everyone.max()) + 1)
     ]
-    groups = [dist.new_group(list(ranks), backend="gloo", timeout=wait) for ranks in replicas]
+    groups = [dist.new_group(list(ranks), backend="gloo", timeout=deadline) for ranks in replicas]
     return Parallel(
         config=config,
         device=device,
@@ -241,6 +253,7 @@ def _place(config: ParallelConfig, device: torch.device) -> Parallel:
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         replica=groups[data_rank],
         control=control,
+        store=distributed_c10d.PrefixStore("rest_mega", distributed_c10d._get_default_store()),
         replica_ranks=replicas[data_rank],
         tensor_rank=state.get_tensor_model_parallel_rank(),
         pipeline_rank=state.get_pipeline_model_parallel_rank(),

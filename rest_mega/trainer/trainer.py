@@ -80,7 +80,7 @@ class Trainer:
         self.rows = GlobalRows(parallel)
         self._optimizer_config, self._loss, self._packing = optimizer, loss, packing
         self._total_steps = max(1, total_steps)
-        self._temperature = temperature
+        self._temperature, self._head = temperature, model.head
         self.modules = models.build(architecture, model, parallel)
         self.optimizer_steps = 0
 
@@ -94,7 +94,7 @@ class Trainer:
             mcore.grad_sync_func = starts if many else starts[0]
         self.optimizer = optimizers.build(self.chunks, self._optimizer_config, self.parallel)
         self._runner = Runner(
-            self.chunks, self.parallel, self.architecture.vocab_size, self._temperature
+            self.chunks, self.parallel, self.architecture.vocab_size, self._temperature, self._head
         )
 
     # ---------------------------------------------------------------- batches

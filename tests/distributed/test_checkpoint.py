@@ -4,7 +4,7 @@ come next."""
 from __future__ import annotations
 
 import dataclasses
-import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,20 @@ def _go_on(trainer: Any) -> dict[str, Any]:
     return answer
 
 
-def _save(path: str, run_dir: str, parallel: ParallelConfig, optimizer: OptimizerConfig) -> Any:
-    from rest_mega.trainer import checkpoint
+def _save_now(trainer: Any, run_dir: str, step: int, keep: int = 1) -> Path:
+    from rest_mega.trainer.checkpoint import Saver
 
+    saver = Saver(trainer, Path(run_dir), keep)
+    saver.begin(step, {"verb": "sft", "config": {}, "note": "kept"})
+    folder = saver.finish()
+    assert folder is not None
+    return folder
+
+
+def _save(path: str, run_dir: str, parallel: ParallelConfig, optimizer: OptimizerConfig) -> Any:
     trainer = _trainer(path, parallel, optimizer)
     _steps(trainer, 0, BEFORE)
-    state = {"verb": "sft", "config": {}, "note": "kept"}
-    checkpoint.save(trainer, Path(run_dir), BEFORE, state, keep=1)
+    _save_now(trainer, run_dir, BEFORE)
     return _go_on(trainer)
 
 
@@ -103,8 +110,8 @@ def _resume(path: str, run_dir: str, parallel: ParallelConfig, optimizer: Optimi
     from rest_mega.trainer import checkpoint
 
     trainer = _trainer(path, parallel, optimizer)
-    found = checkpoint.newest(Path(run_dir))
-    assert found is not None
+    found, problems = checkpoint.find_intact(trainer.parallel, Path(run_dir))
+    assert found is not None, problems
     state = checkpoint.load(trainer, found)
     assert (state["step"], state["note"], trainer.optimizer_steps) == (BEFORE, "kept", BEFORE)
     return _go_on(trainer)
@@ -180,8 +187,7 @@ def _save_at_once(path: str, run_dir: str, optimizer: OptimizerConfig) -> Any:
     from rest_mega.trainer import checkpoint
 
     first = _trainer(path, ParallelConfig(), optimizer)
-    state = {"verb": "sft", "config": {}}
-    folder = checkpoint.save(first, Path(run_dir), 0, state, keep=1)
+    folder = _save_now(first, run_dir, 0)
     again = _trainer_at(first.parallel, path, optimizer)
     checkpoint.load(again, folder)
     return _steps(first, 0, 2), _steps(again, 0, 2)
@@ -253,14 +259,11 @@ def test_another_optimizer_is_refused(other: str, model: str, saved: Any) -> Non
 
 
 def _save_many(path: str, run_dir: str) -> list[list[str]]:
-    from rest_mega.trainer import checkpoint
-
     trainer, seen = _trainer(path, ParallelConfig(), PLAIN), []
     folder = Path(run_dir) / "checkpoints"
-    (folder / "step_00000009.partial").mkdir(parents=True)  # of a save that was cut off
+    (folder / "step_00000009.partial-1").mkdir(parents=True)  # of a save that was cut off
     for step in (1, 2, 3, 3):
-        state = {"verb": "sft", "config": {}}
-        checkpoint.save(trainer, Path(run_dir), step, state, keep=2)
+        _save_now(trainer, run_dir, step, keep=2)
         seen.append(sorted(p.name for p in folder.iterdir()))
     return seen
 
@@ -272,14 +275,107 @@ def test_the_newest_are_kept_and_leftovers_removed(model: str, tmp_path: Path) -
     ]  # fmt: skip
 
 
-def test_only_whole_checkpoints_are_found(tmp_path: Path) -> None:
+# ------------------------------------------------------------------ while training goes on
+
+
+def _save_while_training(path: str, run_dir: str) -> tuple[dict[str, Any], dict[str, Any], str]:
     from rest_mega.trainer import checkpoint
 
-    assert checkpoint.newest(tmp_path) is None
-    for name in ("step_00000002", "step_00000010", "step_00000020.partial", "step_00000030.old"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        (tmp_path / "checkpoints" / name / "run_state.json").write_text(json.dumps({}))
-    (tmp_path / "checkpoints" / "step_00000011").mkdir()  # no state: its save was cut off
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
-    assert found.name == "step_00000010"
+    trainer = _trainer(path, ParallelConfig(tensor=2), ADAM)
+    saver = checkpoint.Saver(trainer, Path(run_dir), 1)
+    before = _exported(trainer)
+    assert saver.poll() is None, "nothing was begun"
+    saver.begin(0, {"verb": "sft", "config": {}})
+    _steps(trainer, 0, BEFORE)
+    folder = saver.finish()
+    assert folder is not None
+    assert saver.poll() is None
+    assert saver.finish() is None
+    checkpoint.load_parameters(trainer, folder)
+    return before, _exported(trainer), folder.name
+
+
+def test_a_checkpoint_holds_the_moment_it_was_begun(model: str, tmp_path: Path) -> None:
+    before, loaded, name = run_ranks(_save_while_training, 2, model, str(tmp_path))[0]
+    assert name == "step_00000000"
+    for key, value in before.items():
+        np.testing.assert_array_equal(loaded[key], value, err_msg=key)
+
+
+def _no_room(path: str, run_dir: str) -> tuple[str, str, list[str]]:
+    """A save that succeeds, one for which rank 1 has no room, and what is left."""
+    import resource
+
+    from rest_mega.trainer import checkpoint
+
+    trainer = _trainer(path, ParallelConfig(tensor=2), ADAM)
+    _save_now(trainer, run_dir, 1, keep=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if trainer.parallel.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    message = ""
+    try:
+        _save_now(trainer, run_dir, 2, keep=2)
+    except OSError as error:
+        message = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    left, problems = checkpoint.find_intact(trainer.parallel, Path(run_dir))
+    _save_now(trainer, run_dir, 3, keep=2)
+    names = sorted(p.name for p in (Path(run_dir) / "checkpoints").iterdir())
+    assert not problems
+    assert left is not None
+    return message, left.name, names
+
+
+def test_a_save_without_room_fails_on_every_rank_and_loses_nothing(
+    model: str, tmp_path: Path
+) -> None:
+    for message, left, names in run_ranks(_no_room, 2, model, str(tmp_path)):
+        assert "cannot be written; the ones before it are intact. rank 1" in message
+        assert f"MiB are free in {tmp_path / 'checkpoints'}" in message
+        assert left == "step_00000001"
+        assert names == ["step_00000001", "step_00000003"]
+
+
+def _two_checkpoints(path: str, run_dir: str) -> None:
+    trainer = _trainer(path, ParallelConfig(tensor=2), ADAM)
+    for step in (1, 2):
+        _save_now(trainer, run_dir, step, keep=2)
+
+
+def _find(run_dirs: list[str]) -> list[tuple[str, list[str]]]:
+    from rest_mega.trainer import parallel as places
+    from rest_mega.trainer.checkpoint import find_intact
+
+    place = places.start(ParallelConfig(), "auto")
+    found = [find_intact(place, Path(run_dir)) for run_dir in run_dirs]
+    return [(folder.name if folder else "", problems) for folder, problems in found]
+
+
+def test_after_a_power_cut_the_checkpoint_before_it_is_used(model: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run_ranks(_two_checkpoints, 2, model, str(tmp_path / "run"))
+    files = sorted((tmp_path / "run" / "checkpoints" / "step_00000002").iterdir())
+    draw = random.Random(0)
+    run_dirs, broken = [], []
+    for file in files:
+        size = file.stat().st_size
+        cuts = [None, *sorted({0, size - 1, *(draw.randrange(size) for _ in range(2))})]
+        for cut in [*cuts, -draw.randrange(1, size)]:  # None: missing; negative: a byte changed
+            copy = shutil.copytree(tmp_path / "run", tmp_path / f"{file.name}{cut}")
+            target = copy / "checkpoints" / "step_00000002" / file.name
+            data = bytearray(file.read_bytes())
+            if cut is None:
+                target.unlink()
+            elif cut >= 0:
+                target.write_bytes(data[:cut])
+            else:
+                data[cut] ^= 1
+                target.write_bytes(data)
+            run_dirs.append(str(copy))
+            broken.append(str(target))
+    for answers in run_ranks(_find, 2, run_dirs):
+        for (name, problems), target in zip(answers, broken, strict=True):
+            assert name == "step_00000001", target
+            (problem,) = problems
+            assert target in problem

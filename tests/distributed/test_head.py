@@ -54,7 +54,9 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _heads(ranks: int, reduce: bool) -> dict[str, Any]:
+def head_answers(ranks: int, reduce: bool, form: str = "auto") -> dict[str, Any]:
+    """On a rank: (outputs and gradients, collectives forward, collectives backward) of every
+    case."""
     import torch.distributed as dist
 
     from rest_mega import launch
@@ -72,6 +74,7 @@ def _heads(ranks: int, reduce: bool) -> dict[str, Any]:
             logprob, entropy = linear_logprob_entropy(
                 hidden, weight, case["targets"], group=dist.group.WORLD,
                 temperature=0.5, vocab_start=bounds[me], vocab_size=real, reduce_hidden_grad=reduce,
+                form=form,
             )  # fmt: skip
             value = (logprob * case["d_logprob"]).sum() + (entropy * case["d_entropy"]).sum()
         with Collectives() as backward:
@@ -88,9 +91,13 @@ def _heads(ranks: int, reduce: bool) -> dict[str, Any]:
 def test_ranks_with_unequal_shards_agree_with_fp64_and_talk_once_in_each_direction(
     ranks: int,
 ) -> None:
-    answers = run_ranks(_heads, ranks, ranks, True)
+    assert_agreed(run_ranks(head_answers, ranks, ranks, True))
+
+
+def assert_agreed(answers: list[Any]) -> None:
+    """What ranks made by `head_answers` is that of fp64, with one collective in each direction."""
     for name in CASES:
-        case, bounds, real = a_case(name, ranks)
+        case, bounds, real = a_case(name, len(answers))
         want = without_offset(by_definition(case, temperature=0.5, vocab_size=real))
         for rank, answer in enumerate(answers):
             got, forward, backward = answer[name]
@@ -103,7 +110,7 @@ def test_ranks_with_unequal_shards_agree_with_fp64_and_talk_once_in_each_directi
 
 
 def test_a_caller_that_sums_the_hidden_gradient_itself_saves_the_collective() -> None:
-    answers = run_ranks(_heads, 2, 2, False)
+    answers = run_ranks(head_answers, 2, 2, False)
     for name in CASES:
         case, _, real = a_case(name, 2)
         want = by_definition(case, temperature=0.5, vocab_size=real)[2][:, 1:]
@@ -113,7 +120,7 @@ def test_a_caller_that_sums_the_hidden_gradient_itself_saves_the_collective() ->
 
 
 def test_one_rank_alone_talks_to_nobody() -> None:
-    (answer,) = run_ranks(_heads, 1, 1, True)
+    (answer,) = run_ranks(head_answers, 1, 1, True)
     assert [answer[name][1:] for name in CASES] == [([], [])] * len(CASES)
 
 

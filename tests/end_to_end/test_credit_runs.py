@@ -39,8 +39,10 @@ def test_with_weights_that_know_no_entropy_the_scoring_pass_changes_nothing(
     good(start(1, "train", run.config, *QUICK, *words))
     pairs = zip(steps(run, run.dir), steps(run, tmp_path / "run"), strict=True)
     for got, want in pairs:
-        # It is the bound at the entropies that the step's weights knew.
-        known = {name for name in want if name != "credit/variance_bound_ratio"}
+        # It is the bound at the entropies that the step's weights knew; and the guard sees nothing.
+        apart = ("credit/variance_bound_ratio", "gap/", "drift/")
+        known = {name for name in want if not name.startswith(apart)}
+        assert not [name for name in got if name.startswith(("gap/", "drift/"))]
         assert {name: got[name] for name in known} == pytest.approx(
             {name: want[name] for name in known}, rel=1e-5, abs=1e-6
         )
@@ -63,3 +65,18 @@ def test_high_entropy_trains_on_its_share_of_the_tokens(run: Run, tmp_path: Path
         assert row["credit/tokens_with_gradient"] * row["tokens/trained"] == pytest.approx(kept)
         shares = [value for name, value in row.items() if name.startswith("gradient/")]
         assert sum(shares) == pytest.approx(1)
+
+
+def test_with_resampling_a_run_that_was_stopped_is_the_same_as_one_that_was_not(
+    run: Run, tmp_path: Path
+) -> None:
+    words = ("credit.equal_groups=resample", "credit.advantage=reinforce++-baseline")
+    words += ("rewards.parts={success: 1}", "run.steps=2", "data.held_out=")
+    good(start(1, "train", run.config, *words, f"run.dir={tmp_path / 'whole'}"))
+    whole = run.measured(tmp_path / "whole")
+    assert sum(row["groups/resampled"] for row in whole) > 0
+    run.interrupt_once()
+    where = f"run.dir={tmp_path / 'stopped'}"
+    assert start(1, "train", run.config, *words, where)[0].code == 130
+    good(start(1, "train", run.config, *words, where))
+    assert run.measured(tmp_path / "stopped") == whole

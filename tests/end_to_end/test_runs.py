@@ -189,17 +189,24 @@ def one_message(ended: list[Ended]) -> str:
     return told[0]
 
 
-def test_a_truncated_checkpoint_is_one_message(run: Run, tmp_path: Path) -> None:
+def test_the_checkpoint_before_a_truncated_one_is_used(run: Run, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run.dir, tmp_path / "run"))
     newest = copy / "checkpoints" / "step_00000004"
     data = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
     data.write_bytes(data.read_bytes()[:1000])
-    message = one_message(start(2, "train", run.config, TP2, f"run.dir={copy}"))
-    assert str(newest) in message
-    assert "move it away" in message
-    shutil.rmtree(newest)
-    good(start(2, "train", run.config, TP2, f"run.dir={copy}"))
+    ended = good(start(2, "train", run.config, TP2, f"run.dir={copy}"))
+    assert f"left out a damaged checkpoint: {data} has 1000 bytes" in ended[0].err
     assert run.measured(copy) == run.measured()
+
+
+def test_when_no_checkpoint_is_intact_nothing_is_begun_anew(run: Run, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run.dir, tmp_path / "run"))
+    for folder in (copy / "checkpoints").iterdir():
+        data = max(folder.glob("*.distcp"), key=lambda p: p.stat().st_size)
+        data.write_bytes(data.read_bytes()[:-1] + b"x")
+    message = one_message(start(2, "train", run.config, TP2, f"run.dir={copy}"))
+    assert "none of the checkpoints" in message
+    assert "run.fresh=true" in message
 
 
 def test_what_one_lead_alone_finds_ends_all_ranks(run: Run, tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.support.preload"])
@@ -28,22 +30,27 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """`fn(*args)` on every rank of a new run, with torchrun's variables set; the results in rank
     order.
 
     `fn` must be importable (a module-level function). The first failing rank's traceback is raised
-    as RankError.
+    as RankError. `environment`: variables that must be there before anything is imported; the ranks
+    are then new interpreters, seconds slower to start.
     """
+    context = _CONTEXT if environment is None else multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         pipes, children = [], []
         for rank in range(world_size):
-            mine, theirs = _CONTEXT.Pipe(duplex=False)
-            child = _CONTEXT.Process(
-                target=_rank, args=(fn, args, rank, world_size, folder, theirs)
-            )
-            child.start()
+            mine, theirs = context.Pipe(duplex=False)
+            child = context.Process(target=_rank, args=(fn, args, rank, world_size, folder, theirs))
+            with mock.patch.dict(os.environ, environment or {}):
+                child.start()
             theirs.close()
             pipes.append(mine)
             children.append(child)
@@ -81,20 +88,68 @@ def _receive(pipe: Any, rank: int) -> Any:
     return value
 
 
+class Job:
+    """`main()` on every rank of a run that a test watches and kills; output goes to a file each."""
+
+    def __init__(self, main: Callable[..., int], world_size: int, folder: Path, *args: Any) -> None:
+        folder.mkdir(parents=True)
+        self.logs = [folder / f"rank_{rank}.log" for rank in range(world_size)]
+        self.ranks = [
+            _CONTEXT.Process(target=_logged, args=(main, args, rank, world_size, folder, log))
+            for rank, log in enumerate(self.logs)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def said(self) -> str:
+        """What all ranks have printed."""
+        return "".join(log.read_text() for log in self.logs if log.exists())
+
+    def wait(self, timeout: float) -> list[int | None]:
+        """Exit codes in rank order (-9: killed); None of a rank that is still there after `timeout`
+        seconds, which is then killed."""
+        end = time.monotonic() + timeout
+        for process in self.ranks:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in self.ranks]
+        for process in self.ranks:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        return codes
+
+
+def _logged(
+    main: Callable[..., int], args: Any, rank: int, world_size: int, folder: Path, log: Path
+) -> None:
+    with log.open("wb") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    _become(rank, world_size, folder)
+    sys.exit(main(*args))
+
+
 def _rank(
     fn: Callable[..., Any], args: Any, rank: int, world_size: int, folder: str, pipe: Connection
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        REST_MEGA_INIT_METHOD=f"file://{Path(folder) / 'store'}",
-        OMP_NUM_THREADS="1",
-    )
+    _become(rank, world_size, Path(folder))
     try:
         answer = (True, fn(*args))
     except BaseException:
         answer = (False, traceback.format_exc())
     pipe.send_bytes(pickle.dumps(answer))
     pipe.close()
+
+
+def _become(rank: int, world_size: int, folder: Path) -> None:
+    """torchrun's variables for this process."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        REST_MEGA_INIT_METHOD=f"file://{folder / 'store'}",
+        OMP_NUM_THREADS="1",
+    )

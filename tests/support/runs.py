@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.models import save_model
-from tests.support.ranks import run_ranks
+from tests.support.ranks import Job, run_ranks
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny_bpe"
 
@@ -170,6 +170,17 @@ class Ended:
 def start(world_size: int, *words: object) -> list[Ended]:
     """`rest-mega WORDS` on every rank of a new run."""
     return run_ranks(run_verb, world_size, [str(word) for word in words])
+
+
+def job_of(world_size: int, folder: Path, *words: object) -> Job:
+    """The same, for a test that kills ranks: it does not wait."""
+    return Job(_run, world_size, folder, [str(word) for word in words])
+
+
+def _run(words: list[str]) -> int:
+    from rest_mega.cli import main
+
+    return main(words)
 
 
 def run_verb(words: list[str]) -> Ended:

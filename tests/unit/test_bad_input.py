@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from rest_mega.cli import main, read
+from rest_mega.trainer.checkpoint_files import complete, folder_of
 from tests.support.runs import Run, dialogue, make_run, prompt, write_rows
 
 Refuse = Callable[..., str]
@@ -80,6 +81,10 @@ def test_replicas_that_cannot_share_the_prompts_may_still_evaluate(refuse: Refus
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(refuse: Refuse) -> None:
     has(refuse("run.device=cuda"), "run.device=cuda", "use run.device=auto")
+
+
+def test_kernels_need_a_gpu(refuse: Refuse) -> None:
+    has(refuse("model.head=triton"), "model.head=triton needs a CUDA device", "model.head=auto")
 
 
 # ------------------------------------------------------------------ the model
@@ -281,9 +286,9 @@ def checkpoint(run: Run, run_dir: Path, *words: object, **changes: Any) -> Path:
     """What a checkpoint of step 3 keeps beside tensors, of this run with `words`."""
     _, config = read(["train", str(run.config), f"run.dir={run_dir}", *map(str, words)])
     state = {"step": 3, "optimizer_steps": 3, "verb": "train", "config": config.to_dict()}
-    folder = run_dir / "checkpoints" / "step_00000003"
-    folder.mkdir(parents=True)
-    (folder / "run_state.json").write_text(json.dumps(state | changes))
+    folder = folder_of(run_dir, 3)
+    folder.with_name("partial").mkdir(parents=True)
+    complete(folder.with_name("partial"), folder, state | changes, {}, keep=1)
     return folder
 
 
@@ -312,9 +317,9 @@ def test_what_another_verb_made_is_not_resumed(refuse: Refuse, run: Run, tmp_pat
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 3}'])
-def test_a_damaged_run_state_is_an_error_and_not_an_older_start(
+def test_a_damaged_only_checkpoint_is_an_error_and_not_a_new_start(
     refuse: Refuse, run: Run, tmp_path: Path, text: str
 ) -> None:
     folder = checkpoint(run, tmp_path)
     (folder / "run_state.json").write_text(text)
-    has(refuse(f"run.dir={tmp_path}"), folder, "cannot be read", "the checkpoint before it")
+    has(refuse(f"run.dir={tmp_path}"), "none of the checkpoints", folder, "cannot be read")

@@ -131,6 +131,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("model.dtype", "fp8", "bf16"),
     ("model.layers", "apex", "local"),
     ("model.recompute", "some", "selective"),
+    ("model.head", "tritn", "triton"),
     ("model.init", "ones", "random"),
     ("parallel.tensor", 0, "at least 1"),
     ("parallel.pipeline", -1, "at least 1"),
@@ -139,8 +140,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("parallel.virtual_pipeline", 0, "at least 1"),
     ("parallel.virtual_pipeline", 2, "parallel.pipeline > 1"),
     ("parallel.sequence", True, "parallel.sequence=false"),
-    ("parallel.timeout_s", 0, "positive"),
-    ("parallel.rollout_timeout_s", -1, "positive"),
+    ("deadlines.train", 0, "positive"),
+    ("deadlines.rollout", -1, "positive"),
     ("optimizer.name", "adamw", "adam"),
     ("optimizer.name", "muon", "optimizer.distributed=false"),
     ("optimizer.name", "sgd", "optimizer.distributed=false"),
@@ -173,6 +174,14 @@ BAD: list[tuple[str, Any, str]] = [
     ("credit.preset", "ppo", "uniform"),
     ("credit.advantage", "gae", "rloo"),
     ("credit.entropy_momentum", 1, "[0, 1)"),
+    ("credit.equal_groups", "skip", "resample"),
+    ("credit.resample_rounds", 0, "credit.equal_groups=drop"),
+    ("guard.every", -1, "not be negative"),
+    ("guard.mean", 0.0, "must be positive"),
+    ("guard.p99", -0.5, "must be positive"),
+    ("guard.max", 0.0, "null switches it off"),
+    ("run.until", -1, "between 0 and run.steps=100"),
+    ("run.until", 101, "between 0 and run.steps=100"),
     ("loss.policy", "grpo", "reinforce"),
     ("loss.old_logprobs", "engine", "rollout"),
     ("loss.clip_low", 1, "(0, 1)"),
@@ -260,6 +269,20 @@ def test_credit_of_single_tokens_is_refused_without_their_scores(tokens: str) ->
     message = refused({"loss": {"scoring": False}, "credit": {"tokens": tokens}})
     assert f"credit.tokens={tokens}" in message
     assert "set loss.scoring=true or credit.tokens=all" in message
+
+
+def test_global_advantages_are_refused_where_groups_have_nothing_to_say() -> None:
+    resampled = refused({"credit": {"advantage": "reinforce++", "equal_groups": "resample"}})
+    assert "set credit.equal_groups=drop or credit.advantage=reinforce++-baseline" in resampled
+    tree = {"rollout": {"samples_per_prompt": 1}, "credit": {"advantage": "reinforce++-baseline"}}
+    assert "set rollout.samples_per_prompt to 2 or more" in refused(tree)
+    tree["credit"] = {"advantage": "reinforce++"}
+    RunConfig.from_dict(tree)
+
+
+def test_a_run_ends_at_its_last_step_or_where_it_is_told_to_pause() -> None:
+    for until, last in ((None, 9), (3, 3), (0, 0)):
+        assert RunConfig.from_dict({"run": {"steps": 9, "until": until}}).run.last_step == last
 
 
 def test_muon_in_bf16_is_refused() -> None:

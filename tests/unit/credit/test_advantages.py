@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rest_mega.config import ConfigError, CreditConfig
-from rest_mega.credit.advantages import METHODS, advantages, has_signal
+from rest_mega.credit.advantages import BATCH_METHODS, METHODS, advantages, has_signal
 
 FEW = settings(max_examples=40, deadline=None)
 ALL = pytest.mark.parametrize("method", METHODS)
@@ -95,7 +95,7 @@ def test_equal_rewards_have_no_signal_and_no_advantage(
     method: str, reward: float, siblings: int
 ) -> None:
     rewards_PG = np.full((1, siblings), reward)
-    assert has_signal(rewards_PG).tolist() == [False]
+    assert has_signal(rewards_PG, method).tolist() == [False]
     assert advantages(rewards_PG, method).tolist() == [[0.0] * siblings]
 
 
@@ -105,7 +105,7 @@ def test_equal_rewards_have_no_signal_and_no_advantage(
 def test_a_group_of_one_keeps_its_reward(method: str, reward: float) -> None:
     rewards_PG = np.array([[reward], [0.0]])
     assert advantages(rewards_PG, method).tolist() == rewards_PG.astype(np.float32).tolist()
-    assert has_signal(rewards_PG).tolist() == [reward != 0, False]
+    assert has_signal(rewards_PG, method).tolist() == [reward != 0, False]
 
 
 @ALL
@@ -114,7 +114,7 @@ def test_a_group_of_one_keeps_its_reward(method: str, reward: float) -> None:
 def test_a_group_without_signal_is_one_of_equal_rewards(
     method: str, groups: list[list[float]]
 ) -> None:
-    signal_P = has_signal(np.array(groups))
+    signal_P = has_signal(np.array(groups), method)
     assert signal_P.tolist() == [len(set(group)) > 1 for group in groups]
     assert not advantages(np.array(groups), method)[~signal_P].any()
 
@@ -127,14 +127,14 @@ def test_the_authors_example_of_grpo() -> None:
 @ALL
 def test_no_groups_have_no_advantages(method: str) -> None:
     assert advantages(np.zeros((0, 4)), method).shape == (0, 4)
-    assert has_signal(np.zeros((0, 4))).tolist() == []
+    assert has_signal(np.zeros((0, 4)), method).tolist() == []
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_rewards_must_be_finite(bad: float) -> None:
-    for function in (lambda r: advantages(r, "grpo"), has_signal):
+    for function in (advantages, has_signal):
         with pytest.raises(ConfigError, match="a reward is not finite"):
-            function(np.array([[1.0, bad]]))
+            function(np.array([[1.0, bad]]), "grpo")
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 0), (1, 2, 3)])
@@ -144,7 +144,80 @@ def test_rewards_must_be_groups(shape: tuple[int, ...]) -> None:
 
 
 def test_the_config_knows_the_methods_and_others_are_answered_with_the_nearest() -> None:
-    for method in METHODS:
+    for method in (*METHODS, *BATCH_METHODS):
         CreditConfig(advantage=method)
     with pytest.raises(ConfigError, match=r"credit\.advantage='drgrpo' .* nearest: dr_grpo"):
         advantages(np.zeros((1, 2)), "drgrpo")
+
+
+# ------------------------------------------------------------------ REINFORCE++
+
+GLOBAL = pytest.mark.parametrize("method", BATCH_METHODS)
+WHOLE = st.integers(2, 5).flatmap(
+    lambda siblings: st.lists(
+        st.lists(st.integers(-9, 9), min_size=siblings, max_size=siblings), min_size=1, max_size=6
+    )
+)
+
+
+def global_reference(groups: list[list[int]], method: str) -> list[list[float]]:
+    """Equations of REINFORCE++: minus the mean of the batch or the group, over the std of what
+    that leaves in the batch."""
+    flat = [float(r) for group in groups for r in group]
+    mean = statistics.fmean(flat)
+    means = [mean if method == "reinforce++" else statistics.fmean(group) for group in groups]
+    centred = [[r - m for r in group] for group, m in zip(groups, means, strict=True)]
+    std = statistics.pstdev([c for row in centred for c in row], 0.0)
+    return [[c / std if std > 0 else 0.0 for c in row] for row in centred]
+
+
+@GLOBAL
+@FEW
+@given(groups=WHOLE)
+def test_global_advantages_are_the_formula_of_the_paper(
+    method: str, groups: list[list[int]]
+) -> None:
+    found = advantages(np.array(groups, np.float64), method)
+    np.testing.assert_allclose(found, global_reference(groups, method), rtol=1e-5, atol=1e-6)
+
+
+@GLOBAL
+@FEW
+@given(groups=WHOLE, replicas=st.integers(1, 3), order=st.randoms(use_true_random=False))
+def test_a_share_of_the_batch_has_its_advantages_to_the_bit_in_whatever_order_the_batch_comes(
+    method: str, groups: list[list[int]], replicas: int, order: object
+) -> None:
+    batch_PG = np.array(groups, np.float64) / 7
+    whole = advantages(batch_PG, method)
+    shuffled = list(range(len(batch_PG)))
+    order.shuffle(shuffled)  # type: ignore[attr-defined]
+    for r in range(replicas):
+        mine = slice(r, None, replicas)
+        share = advantages(batch_PG[mine], method, batch_PG[shuffled])
+        assert share.tolist() == whole[mine].tolist()
+
+
+@GLOBAL
+@FEW
+@given(groups=WHOLE, shift=st.integers(-50, 50), factor=st.integers(1, 20))
+def test_a_constant_and_a_factor_of_all_rewards_cancel_in_the_batch(
+    method: str, groups: list[list[int]], shift: int, factor: int
+) -> None:
+    rewards_PG = np.array(groups, np.float64)
+    moved = advantages(rewards_PG * factor + shift, method)
+    np.testing.assert_allclose(moved, advantages(rewards_PG, method), rtol=1e-5, atol=1e-5)
+
+
+def test_under_the_global_mean_equal_siblings_carry_signal_until_all_rewards_are_equal() -> None:
+    rewards_PG = np.array([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    assert has_signal(rewards_PG, "reinforce++").tolist() == [True] * 3
+    assert has_signal(rewards_PG, "reinforce++-baseline").tolist() == [False, False, True]
+    assert advantages(rewards_PG, "reinforce++").tolist() == [[1, 1], [-1, -1], [1, -1]]
+    assert has_signal(np.ones((3, 2)), "reinforce++").tolist() == [False] * 3
+    assert not advantages(np.full((3, 2), 0.1), "reinforce++").any()
+    assert advantages(np.array([[3.0], [1.0]]), "reinforce++").tolist() == [[1], [-1]]
+
+
+def test_a_baseline_needs_siblings() -> None:
+    with pytest.raises(ConfigError, match="samples_per_prompt to 2 or more"):
+        advantages(np.array([[3.0], [1.0]]), "reinforce++-baseline")

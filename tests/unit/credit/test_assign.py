@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from rest_mega.config import CreditConfig
-from rest_mega.credit.advantages import advantages
-from rest_mega.credit.assign import assign
+from rest_mega.credit.advantages import BATCH_METHODS, METHODS, advantages
+from rest_mega.credit.assign import assign, trained_groups
 from rest_mega.credit.regions import tag_trajectory
 from rest_mega.records import Prompt, Trajectory, Turn
 
@@ -41,36 +43,37 @@ def token_bytes(token_id: int) -> bytes:
     return WORDS[token_id]
 
 
-@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "rloo"])
-@pytest.mark.parametrize("drop", [True, False])
-def test_samples_are_the_trajectories_with_regions_and_advantages(method: str, drop: bool) -> None:
-    config = CreditConfig(advantage=method, drop_equal_groups=drop)
-    kept, without = assign(GROUPS, REWARDS_PG, config, "hermes", token_bytes)
-    assert without == 1
-    places = [0, 2] if drop else [0, 1, 2]
-    assert len(kept) == len(places)
-    advantages_PG = advantages(REWARDS_PG, method)
-    for place, samples in zip(places, kept, strict=True):
-        assert [sample.advantage for sample in samples] == advantages_PG[place].tolist()
-        for one, sample in zip(GROUPS[place], samples, strict=True):
-            assert np.array_equal(sample.ids_T, one.ids_T)
-            assert np.array_equal(sample.mask_T, one.mask_T)
-            assert np.array_equal(sample.logprobs_T, one.logprobs_T)
-            expected_T = tag_trajectory(one, "hermes", token_bytes)
-            assert np.array_equal(sample.regions_T, expected_T)
+@pytest.mark.parametrize("method", [*METHODS, *BATCH_METHODS])
+@pytest.mark.parametrize("what", ["keep", "drop", "resample"])
+def test_samples_are_the_trajectories_with_regions_and_advantages(method: str, what: str) -> None:
+    if (method, what) == ("reinforce++", "resample"):
+        return  # refused by the config
+    config = CreditConfig(advantage=method, equal_groups=what)
+    trained_P = trained_groups(REWARDS_PG, config)
+    everything = what == "keep" or method == "reinforce++"
+    assert trained_P.tolist() == [True, everything, True]
+    advantages_PG = advantages(REWARDS_PG, method)[trained_P]
+    groups = [group for group, trained in zip(GROUPS, trained_P, strict=True) if trained]
+    samples = assign(groups, advantages_PG, "hermes", token_bytes)
+    assert [sample.advantage for sample in samples] == advantages_PG.ravel().tolist()
+    for one, sample in zip(itertools.chain(*groups), samples, strict=True):
+        assert np.array_equal(sample.ids_T, one.ids_T)
+        assert np.array_equal(sample.mask_T, one.mask_T)
+        assert np.array_equal(sample.logprobs_T, one.logprobs_T)
+        expected_T = tag_trajectory(one, "hermes", token_bytes)
+        assert np.array_equal(sample.regions_T, expected_T)
 
 
 def test_kept_groups_without_signal_have_no_advantage() -> None:
-    config = CreditConfig(drop_equal_groups=False)
-    kept, _ = assign(GROUPS, REWARDS_PG, config, "hermes", token_bytes)
-    assert [sample.advantage for sample in kept[1]] == [0, 0, 0]
+    samples = assign(GROUPS, advantages(REWARDS_PG, "grpo"), "hermes", token_bytes)
+    assert [sample.advantage for sample in samples[3:6]] == [0, 0, 0]
 
 
 def test_a_permuted_group_has_permuted_samples() -> None:
-    order, config = [2, 0, 1], CreditConfig()
-    (plain,), _ = assign(GROUPS[:1], REWARDS_PG[:1], config, "hermes", token_bytes)
-    shuffled = [GROUPS[0][n] for n in order]
-    (again,), _ = assign([shuffled], REWARDS_PG[:1, order], config, "hermes", token_bytes)
+    order, a_PG = [2, 0, 1], advantages(REWARDS_PG, "grpo")
+    plain = assign(GROUPS[:1], a_PG[:1], "hermes", token_bytes)
+    shuffled = [[GROUPS[0][n] for n in order]]
+    again = assign(shuffled, advantages(REWARDS_PG[:1, order], "grpo"), "hermes", token_bytes)
     for n, sample in zip(order, again, strict=True):
         assert sample.advantage == pytest.approx(plain[n].advantage, rel=1e-6)
         assert np.array_equal(sample.ids_T, plain[n].ids_T)
@@ -78,18 +81,18 @@ def test_a_permuted_group_has_permuted_samples() -> None:
 
 
 def test_groups_of_one_are_kept_by_their_reward() -> None:
-    groups = [[GROUPS[0][0]], [GROUPS[0][1]]]
-    kept, without = assign(groups, np.array([[-0.5], [0.0]]), CreditConfig(), "hermes", token_bytes)
-    assert [[sample.advantage for sample in samples] for samples in kept] == [[-0.5]]
-    assert without == 1
+    rewards_PG = np.array([[-0.5], [0.0]])
+    assert trained_groups(rewards_PG, CreditConfig()).tolist() == [True, False]
+    samples = assign([[GROUPS[0][0]]], advantages(rewards_PG, "grpo")[:1], "hermes", token_bytes)
+    assert [sample.advantage for sample in samples] == [-0.5]
 
 
 def test_no_groups_are_no_samples() -> None:
-    assert assign([], np.zeros((0, 4)), CreditConfig(), "hermes", token_bytes) == ([], 0)
+    assert assign([], np.zeros((0, 4)), "hermes", token_bytes) == []
+    assert trained_groups(np.zeros((0, 4)), CreditConfig()).tolist() == []
 
 
-def test_rewards_of_other_groups_are_not_paired_silently() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        assign(GROUPS, REWARDS_PG[:2], CreditConfig(), "hermes", token_bytes)
-    with pytest.raises(ValueError, match="zip"):
-        assign(GROUPS, REWARDS_PG[:, :2], CreditConfig(), "hermes", token_bytes)
+def test_advantages_of_other_groups_are_not_paired_silently() -> None:
+    for wrong_PG in (REWARDS_PG[:2], REWARDS_PG[:, :2]):
+        with pytest.raises(ValueError, match="zip"):
+            assign(GROUPS, wrong_PG, "hermes", token_bytes)

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rest_mega.config import ConfigError, CreditConfig, LossConfig
-from rest_mega.credit.advantages import TOKENS, kth_largest, lots, ordered, token_rule
+from rest_mega.credit.advantages import TOKENS, lots, token_rule
+from rest_mega.credit.ranking import kth_largest, ordered, quantile
 from rest_mega.losses.policy import SURROGATES, Sequences
 from rest_mega.records import Total, TrainedRows
 
@@ -88,6 +89,24 @@ def test_the_kth_largest_over_all_ranks_is_that_of_all_keys_sorted(
     found = together(world, lambda r, total: kth_largest(keys_R[rank_R == r], k, total))
     want = sorted(keys, reverse=True)[k - 1] if k <= len(keys) else 0
     assert found == [want] * world
+
+
+@FEW
+@given(
+    values=st.lists(st.floats(0, width=32) | st.sampled_from([0.0, 1.0]), min_size=1, max_size=40),
+    percent=st.sampled_from([1, 50, 99, 100]),
+    world=st.integers(1, 3),
+)
+def test_a_quantile_over_all_ranks_is_numpy_s_of_all_values(
+    values: list[float], percent: int, world: int
+) -> None:
+    array = np.array(values, np.float32)
+    found = together(world, lambda r, total: quantile(array[r::world], percent, total))
+    # In whole hundredths of ranks: percent / 100 may round to just above it.
+    want = np.sort(array)[-(-percent * len(array) // 100) - 1]
+    assert found == [float(want)] * world
+    near = np.quantile(array, percent / 100 - 1e-9, method="inverted_cdf")
+    assert near == want
 
 
 @FEW

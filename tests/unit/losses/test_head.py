@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from rest_mega.losses.head import (
-    ROW_CHUNK,
-    ROW_TILE,
-    VOCABULARY_TILE,
-    linear_logprob_entropy,
-    linear_row_loss,
-)
+from rest_mega.config import ConfigError
+from rest_mega.losses.chunked import TILES, Tiles
+from rest_mega.losses.head import check_form, linear_logprob_entropy, linear_row_loss
 
 Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """logprob_R, entropy_R, d_hidden_RD, d_weight_VD"""
+ROW_TILE, VOCABULARY_TILE, ROW_CHUNK = (
+    TILES["cpu"].rows,
+    TILES["cpu"].columns,
+    TILES["cpu"].chunk,
+)
 
 
 def exact_case(
@@ -82,6 +83,40 @@ def without_offset(answer: Answer) -> Answer:
     return answer[0], answer[1], answer[2][:, 1:], answer[3]
 
 
+def in_bf16(case: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The case with bf16 inputs; its grids of 1/32 are exact in it."""
+    return case | {k: case[k].bfloat16() for k in ("hidden", "weight")}
+
+
+def assert_rounded_twice(
+    got: Answer, case: dict[str, torch.Tensor], temperature: float = 1.0
+) -> None:
+    """Outputs to fp32, gradients to bf16's 2^-8 of each logit's gradient G and of their sum: with
+    dH = G W / temperature, |error| <= 2^-8 (|G| |W| / temperature + |dH|)."""
+    want = by_definition(case, temperature)
+    assert_same((*got[:2], *want[2:]), want)
+    for ours, exact, sizes in zip(
+        got[2:], want[2:], gradient_sizes(case, temperature), strict=True
+    ):
+        bound = 2**-8 * (sizes + exact.abs()) + 2e-6 * largest(exact)
+        assert bool(((ours.double() - exact).abs() <= bound).all())
+
+
+def gradient_sizes(
+    case: dict[str, torch.Tensor], temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """|G| |W| and |G|^T |H|, both over the temperature, with G = d loss / d logit in fp64."""
+    hidden, weight = case["hidden"].double(), case["weight"].double()
+    logits = (hidden @ weight.T / temperature).requires_grad_()
+    logprobs = torch.log_softmax(logits, dim=-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    logprob = logprobs.gather(1, case["targets"][:, None])[:, 0]
+    ((logprob * case["d_logprob"]).sum() + (entropy * case["d_entropy"]).sum()).backward()
+    assert logits.grad is not None
+    g = logits.grad.abs() / temperature
+    return g @ weight.abs(), g.T @ hidden.abs()
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("vocab", [1, 2, 129, VOCABULARY_TILE, VOCABULARY_TILE + 1, 5003])
 def test_values_and_gradients_are_those_of_the_softmax(vocab: int, temperature: float) -> None:
@@ -133,14 +168,35 @@ def test_no_rows_give_a_zero_that_backward_can_walk() -> None:
 
 
 def test_bf16_inputs_are_computed_in_fp32_and_their_gradients_rounded_once() -> None:
-    case = exact_case(rows=33, vocab=700)  # grids of 1/32 are exact in bf16
-    low = case | {k: case[k].bfloat16() for k in ("hidden", "weight")}
-    got, want = by_the_head(low), by_definition(case)
+    case = exact_case(rows=33, vocab=700)
+    got, want = by_the_head(in_bf16(case)), by_definition(case)
     assert_same((*got[:2], *want[2:]), want)
     for ours, exact in zip(got[2:], want[2:], strict=True):
         assert ours.dtype == torch.bfloat16
         rounding = exact.abs() * 2**-8 + 2e-6 * largest(exact)
         assert bool(((ours.double() - exact).abs() <= rounding).all())
+
+
+def test_bf16_that_enters_the_matmuls_as_it_is_has_its_gradients_rounded_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(TILES, "cpu", Tiles(rows=16, columns=256, chunk=8, narrow=True))
+    case = exact_case(rows=33, vocab=700)
+    got = by_the_head(in_bf16(case), temperature=2.0)
+    assert_rounded_twice(got, case, temperature=2.0)
+    alone = case | {"d_entropy": torch.zeros(33)}
+    assert_rounded_twice(by_linear_rows(in_bf16(alone), temperature=2.0), alone, temperature=2.0)
+
+
+def test_a_cpu_takes_the_walk_in_torch_and_refuses_the_kernels() -> None:
+    case = exact_case(rows=5, vocab=40)
+    for auto, chunked in zip(by_the_head(case), by_the_head(case, form="chunked"), strict=True):
+        assert torch.equal(auto, chunked)
+    with pytest.raises(ValueError, match=r"form='trito' is not known.*nearest: triton"):
+        by_the_head(case, form="trito")
+    with pytest.raises(ConfigError, match=r"model\.head=triton needs a CUDA device.*head=auto"):
+        check_form("triton")
+    check_form("auto")
 
 
 def test_a_gradient_of_one_output_alone_needs_no_other() -> None:
@@ -313,8 +369,7 @@ def test_no_rows_have_no_loss_and_a_zero_that_backward_can_walk() -> None:
 
 def test_gradients_of_bf16_inputs_taken_in_the_forward_pass_are_rounded_once() -> None:
     case = likely_case(rows=33, vocab=700)
-    low = case | {k: case[k].bfloat16() for k in ("hidden", "weight")}
-    got, want = by_rows(low, chunk_rows=10)[1], by_rows(case, chunk_rows=10)[1]
+    got, want = by_rows(in_bf16(case), chunk_rows=10)[1], by_rows(case, chunk_rows=10)[1]
     torch.testing.assert_close(got[:2], want[:2], rtol=0, atol=1e-6)
     for ours, exact in zip(got[2:], want[2:], strict=True):
         assert ours.dtype == torch.bfloat16

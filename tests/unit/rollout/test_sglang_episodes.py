@@ -210,8 +210,8 @@ def test_weights_are_loaded_in_their_bracket_between_pause_and_continue(
         first = routes.index("/pause_generation")
         assert [r for r in routes[first:] if r != "/model_info"] == [
             "/pause_generation", "/flush_cache", "/update_weight_version", "/end_weight_update",
-            "/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update", "/weights_checker",
-            "/update_weight_version", "/continue_generation",
+            "/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update",
+            "/weights_checker", "/update_weight_version", "/continue_generation",
         ]  # fmt: skip
 
 

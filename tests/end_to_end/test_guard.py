@@ -1,0 +1,144 @@
+"""A run whose engine's log-probs are wrong ends before the step, and its dump is that very step."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rest_mega.dialects import Region
+from tests.support.runs import Ended, Run, make_run, start
+
+pytestmark = pytest.mark.distributed
+
+QUICK = ("data.held_out=", "run.steps=4", "run.until=2", "loss.correction=tis")
+"""Under tis the engine's log-probs change the parameters."""
+OFF = ("guard.mean=null", "guard.p99=null", "guard.max=null")
+WRONG = 3.0
+"""Nats by which every third token of step two is wrong."""
+
+
+def good(ended: list[Ended]) -> None:
+    assert [rank.code for rank in ended] == [0] * len(ended), ended[0].err
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "hf" / "model.safetensors").read_bytes()
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the recordings in a folder, in an order of their own."""
+    rows = [json.loads(x) for f in folder.glob("*.jsonl") for x in f.read_text().splitlines()]
+    return sorted(rows, key=lambda row: row["key"])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two steps that were recorded, and a copy of the recording with wrong log-probs in step
+    two."""
+    made = make_run(tmp_path_factory.mktemp("run"))
+    good(start(1, "train", made.config, *QUICK, "rollout.record=true"))
+    rows = recorded(made.dir / "rollouts")
+    for row in rows:
+        if row["version"] == 1:
+            row["logprobs"][::3] = [float(np.float32(x - WRONG)) for x in row["logprobs"][::3]]
+    (made.root / "wrong").mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (made.root / "wrong" / "all.jsonl").write_text(text)
+    return made
+
+
+def replay(run: Run, folder: Path, *more: str, ranks: int = 1) -> list[Ended]:
+    words = ("rollout.engine=replay", f"rollout.replay={run.root / 'wrong'}", f"run.dir={folder}")
+    return start(ranks, "train", run.config, *QUICK, *words, *more)
+
+
+@pytest.fixture(scope="module")
+def stopped(run: Run) -> Ended:
+    return replay(run, run.root / "stopped")[0]
+
+
+def test_a_healthy_run_has_a_gap_of_rounding_alone(run: Run) -> None:
+    steps = run.measured()
+    assert [row["step"] for row in steps] == [1, 2]
+    for row in steps:
+        assert 0 <= row["gap/mean"] <= row["gap/p99"] <= row["gap/max"] < 1e-4
+        assert row["gap/mean"] == pytest.approx(row["policy/rollout_gap"], rel=1e-4)
+        assert row["gap/max"] == pytest.approx(row["policy/rollout_gap_max"], rel=1e-4)
+        shares = {r.name: row.get(f"share/{r.name}", 0.0) for r in Region}
+        parts = sum(shares[name] * row[f"gap/{name}"] for name in shares if shares[name])
+        assert parts == pytest.approx(row["gap/mean"], rel=1e-4)
+        assert 0 <= row["drift/turns"] <= 1
+
+
+def test_the_guard_ends_the_run_before_the_step_and_says_why(run: Run, stopped: Ended) -> None:
+    folder = run.root / "stopped"
+    assert stopped.code == 3, stopped.err
+    assert [row["step"] for row in run.measured(folder)] == [1]
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000001"]
+    about = json.loads((folder / "dumps" / "step_2" / "gap.json").read_text())
+    assert about["gap"]["mean"] == pytest.approx(WRONG / 3, rel=0.3)
+    assert (about["gap"]["p99"], about["gap"]["max"]) == pytest.approx((WRONG, WRONG), abs=1e-3)
+    worst = about["worst"]
+    assert worst["trainer"] - worst["engine"] == pytest.approx(WRONG, abs=1e-3)
+    for told in (
+        "step 2 was not taken: the mean |trainer - engine| log-prob is",
+        "guard.mean=0.1 allows 0.1; the 99th percentile of |trainer - engine| log-prob is 3 nats",
+        f"(id {worst['id']}, {worst['region']}) of prompt '{worst['prompt']}'",
+        "the newest checkpoint is of step 1",
+    ):
+        assert told in stopped.err
+    assert not (folder / "hf").exists()
+
+
+def test_the_dump_holds_every_token_with_both_log_probs(run: Run, stopped: Ended) -> None:
+    dump = run.root / "stopped" / "dumps" / "step_2"
+    about = json.loads((dump / "trajectories_0.json").read_text())
+    with np.load(dump / "tokens_0.npz", allow_pickle=False) as arrays:
+        a = dict(arrays)
+    trained = [t for t in about if t["trained"]]
+    assert a["rewards_S"].tolist() == [t["reward"] for t in trained]
+    assert a["advantages_S"].tolist() == [t["advantage"] for t in trained]
+    assert a["lengths_S"].sum() == len(a["ids_T"]) == len(a["regions_T"])
+    for name in ("engine_T", "trainer_T"):
+        np.testing.assert_array_equal(np.isfinite(a[name]), a["mask_T"])
+    gap_T = (a["trainer_T"] - a["engine_T"])[a["mask_T"]]
+    np.testing.assert_allclose(np.where(gap_T > 1, gap_T - WRONG, gap_T), 0, atol=1e-4)
+    gap = json.loads((dump / "gap.json").read_text())["gap"]
+    regions_R = a["regions_T"][a["mask_T"]]
+    for name, mean in gap["regions"].items():
+        assert mean == pytest.approx(np.abs(gap_T[regions_R == Region[name]]).mean(), rel=1e-4)
+    want = [row for row in recorded(run.root / "wrong") if row["version"] == 1]
+    assert recorded(dump) == want
+
+
+def test_the_command_of_the_message_takes_the_step_that_would_have_been_taken(
+    run: Run, stopped: Ended, tmp_path: Path
+) -> None:
+    good(replay(run, tmp_path / "taken", *OFF))
+    command = stopped.err.split("to play the step again: rest-mega ")[1].splitlines()[0]
+    copy = Path(shutil.copytree(run.root / "stopped", tmp_path / "stopped"))
+    again = start(1, *shlex.split(command), *OFF, f"run.dir={copy}")
+    good(again)
+    assert weights(copy) == weights(tmp_path / "taken")
+    assert weights(copy) != weights(run.dir)
+    assert run.measured(copy) == run.measured(tmp_path / "taken")
+
+
+def test_two_replicas_dump_their_shares_of_the_same_batch(
+    run: Run, stopped: Ended, tmp_path: Path
+) -> None:
+    ended = replay(run, tmp_path / "two", ranks=2)
+    assert [rank.code for rank in ended] == [3, 3], ended[0].err
+    assert sum("to play the step again: torchrun" in rank.err for rank in ended) == 1
+    one, two = (d / "dumps" / "step_2" for d in (run.root / "stopped", tmp_path / "two"))
+    assert recorded(two) == recorded(one)
+    gaps = [json.loads((dump / "gap.json").read_text()) for dump in (one, two)]
+    assert gaps[1]["gap"]["mean"] == pytest.approx(gaps[0]["gap"]["mean"], rel=1e-4)
+    shares = [json.loads((two / f"trajectories_{r}.json").read_text()) for r in (0, 1)]
+    assert len({t["prompt"] for t in shares[0]} & {t["prompt"] for t in shares[1]}) == 0
