@@ -855,9 +855,9 @@ def _gather_others(cls: Any, tree: Mapping[str, Any], names: list[str]) -> Mappi
     one."""
     taking = [f.name for f in dataclasses.fields(cls) if f.metadata.get("others")]
     others = {key: value for key, value in tree.items() if key not in names}
-    if not taking or not others:
+    given = tree.get(taking[0], {}) if taking else None
+    if not others or not isinstance(given, Mapping):
         return tree
-    given = tree.get(taking[0], {})
     known = {key: value for key, value in tree.items() if key in names}
     return {**known, taking[0]: {**given, **others}}
 
