@@ -1,4 +1,5 @@
 # make quickstart: train a small tool-using model here.   make test: lint, types and tests.
+# make sglang: a CPU build of the SGLang server in an environment of its own.   make engine: its tests.
 PYTHON ?= python3
 VENV ?= .venv
 # A CPU build of torch is enough without a GPU. Where pip offers one elsewhere, say so, for example
@@ -15,7 +16,11 @@ LATEST_MCORE ?= 0.19.2
 LATEST_VENV ?= .venv-mcore-latest
 LATEST_STAMP := $(LATEST_VENV)/.installed-$(LATEST_MCORE)
 
-.PHONY: setup bfcl quickstart test test-mcore-latest lint format type pytest slow clean
+SGLANG_VENV ?= .venv-sglang
+SGLANG_STAMP := $(SGLANG_VENV)/.installed
+SGLANG_PINS := tests/support/sglang_cpu
+
+.PHONY: setup bfcl sglang engine quickstart test test-mcore-latest lint format type pytest slow clean
 
 setup: $(STAMP)
 
@@ -33,6 +38,15 @@ $(STAMP): $(RUNS)
 # BFCL's backends without the hundred dependencies of its package, for the environment "bfcl" and its tests.
 bfcl: setup
 	$(BIN)/pip install --quiet --no-deps 'bfcl-eval>=2026.3' mpmath
+
+sglang: $(SGLANG_STAMP)
+
+$(SGLANG_STAMP): $(SGLANG_PINS)/server.txt $(SGLANG_PINS)/requirements.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(SGLANG_VENV)/bin/pip install --quiet --no-deps --requirement $(SGLANG_PINS)/server.txt
+	$(SGLANG_VENV)/bin/pip install --quiet --requirement $(SGLANG_PINS)/requirements.txt
+	touch $(SGLANG_STAMP)
 
 quickstart: $(RUNS)
 	PATH="$(abspath $(BIN)):$$PATH" examples/quickstart/run.sh $(ARGS)
@@ -53,6 +67,9 @@ type: setup
 pytest: setup
 	$(BIN)/python -m pytest -q $(ARGS)
 
+engine: setup sglang
+	$(BIN)/python -m pytest -q -m engine $(ARGS)
+
 slow: setup
 	$(BIN)/python -m pytest -q -m 'slow' $(ARGS)
 
@@ -69,4 +86,4 @@ test-mcore-latest: $(LATEST_STAMP)
 	$(LATEST_VENV)/bin/python -m pytest -q tests/distributed tests/unit/trainer tests/unit/sync $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(LATEST_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST_VENV) $(SGLANG_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

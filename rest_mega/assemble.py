@@ -282,13 +282,26 @@ def _trainer(
 def _engine(config: RunConfig, inputs: Inputs, place: parallel.Parallel, record: bool) -> Engine:
     from rest_mega.rollout.engines import make_engine
 
+    run_dir, rollout = Path(config.run.dir), config.rollout
+    sglang = rollout.sglang
+    require(
+        len(sglang.urls) % place.data_size == 0,
+        f"rollout.sglang.urls names {len(sglang.urls)} servers for {place.data_size} replicas: "
+        f"give a multiple of {place.data_size}",
+    )
+    urls = sglang.urls[place.data_rank :: place.data_size]
     return make_engine(
-        dataclasses.replace(config.rollout, record=config.rollout.record and record),
+        dataclasses.replace(
+            rollout,
+            record=rollout.record and record,
+            sglang=dataclasses.replace(sglang, urls=urls),
+        ),
         model_path=config.model.path,
         dtype=config.model.dtype,
         tokenizer=inputs.tokenizer,
         device=place.device,
-        record_to=Path(config.run.dir) / "rollouts" / f"replica_{place.data_rank}.jsonl",
+        record_to=run_dir / "rollouts" / f"replica_{place.data_rank}.jsonl",
+        folder=run_dir / "servers" / f"replica_{place.data_rank}",
     )
 
 

@@ -234,8 +234,8 @@ def _value(key: str, text: str) -> Any:
 
 def _near_key(word: str) -> str:
     """The keys whose last part is nearest to `word`."""
-    near = difflib.get_close_matches(word, [key.split(".")[1] for key in known_keys()], n=1)
-    keys = [key for key in known_keys() if key.split(".")[1] in near]
+    near = difflib.get_close_matches(word, [key.split(".")[-1] for key in known_keys()], n=1)
+    keys = [key for key in known_keys() if key.split(".")[-1] in near]
     return f"; did you mean {' or '.join(keys[:3])}?" if keys else ""
 
 

@@ -345,11 +345,67 @@ class EnvironmentConfig:
 
 
 @dataclass(frozen=True)
+class SglangConfig:
+    """The SGLang servers of rollout.engine=sglang. Every other key below rollout.sglang is an
+    argument of SGLang's own server, with underscores: rollout.sglang.mem_fraction_static=0.6."""
+
+    urls: tuple[str, ...] = ()
+    """Servers that run already (http://host:port), shared out evenly among the replicas; empty:
+    start our own."""
+    servers: int = 1
+    """Servers that each replica's lead starts on its machine; they end with it."""
+    python: str = ""
+    """Python interpreter of an environment with sglang; empty: the one that runs this."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of the servers that we start, such as CUDA_VISIBLE_DEVICES."""
+    transport: str = "tensor"
+    """How new weights travel: tensor (inside requests), distributed (broadcast by gloo) or disk (a
+    checkpoint folder in the run directory that the servers can read)."""
+    bucket_mb: int = 512
+    """Weights travel in buckets of this size, two at a time."""
+    keep_copy: bool = True
+    """Keep the newest weights in the run directory, for a server that has to be started again;
+    without it a lost server ends the run. transport=disk always does."""
+    master_host: str = "127.0.0.1"
+    """transport=distributed: where servers reach the lead."""
+    in_flight: int = 512
+    """Episodes per server that are decoded or have their calls answered at a time."""
+    restarts: int = 3
+    """A server lost more often than this ends the run."""
+    start_timeout_s: float = 600.0
+    """Deadline for a server to become ready, and for a request to find one that is."""
+    request_timeout_s: float = 600.0
+    """Deadline of one generation request; past it the server counts as lost."""
+    update_timeout_s: float = 300.0
+    """Deadline of each request that controls a server or brings it a bucket of weights."""
+    health_s: float = 30.0
+    """Busy servers are asked this often, and have this long, to generate one token."""
+    arguments: Mapping[str, object] = field(default_factory=dict, metadata={"others": True})
+    """SGLang's own arguments; filled from the unknown keys of the section."""
+
+    def __post_init__(self) -> None:
+        one_of("rollout.sglang.transport", self.transport, ("tensor", "distributed", "disk"))
+        for name in ("servers", "bucket_mb", "in_flight"):
+            value = getattr(self, name)
+            require(value >= 1, f"rollout.sglang.{name}={value} must be at least 1")
+        require(self.restarts >= 0, f"rollout.sglang.restarts={self.restarts} must not be negative")
+        for name in ("start_timeout_s", "request_timeout_s", "update_timeout_s", "health_s"):
+            value = getattr(self, name)
+            require(value > 0, f"rollout.sglang.{name}={value} must be positive")
+        for url in self.urls:
+            require(
+                url.startswith(("http://", "https://")),
+                f"rollout.sglang.urls has {url!r}; write http://host:port",
+            )
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How trajectories are sampled."""
 
     engine: str = "embedded"
-    """embedded (transformers, in the lead's process) or replay (recorded rollouts)."""
+    """embedded (transformers, in the lead's process), sglang (servers, see rollout.sglang) or
+    replay (recorded rollouts)."""
     prompts_per_step: int = 8
     """Prompts of one training step, over all replicas."""
     samples_per_prompt: int = 8
@@ -370,9 +426,11 @@ class RolloutConfig:
     """Folder of recorded rollouts for engine=replay."""
     record: bool = False
     """Keep every step's rollouts in the run directory (rollouts/step_*.jsonl)."""
+    sglang: SglangConfig = field(default_factory=SglangConfig)
+    """Used with engine=sglang alone."""
 
     def __post_init__(self) -> None:
-        one_of("rollout.engine", self.engine, ("embedded", "replay"))
+        one_of("rollout.engine", self.engine, ("embedded", "replay", "sglang"))
         for name in (
             "prompts_per_step",
             "samples_per_prompt",
@@ -931,13 +989,17 @@ class RunConfig:
 
 
 def known_keys() -> list[str]:
-    """Every `section.key` of RunConfig."""
-    hints = typing.get_type_hints(RunConfig)
-    return [
-        f"{s.name}.{k.name}"
-        for s in dataclasses.fields(RunConfig)
-        for k in dataclasses.fields(hints[s.name])
-    ]
+    """Every `section.key` of RunConfig, `rollout.sglang.key` among them."""
+    return list(_keys(RunConfig, ""))
+
+
+def _keys(cls: Any, prefix: str) -> typing.Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for key in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[key.name]):
+            yield from _keys(hints[key.name], f"{prefix}{key.name}.")
+        else:
+            yield prefix + key.name
 
 
 def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
@@ -949,12 +1011,25 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     values: dict[str, Any] = {}
+    tree = _gather_others(cls, tree, names)
     for key, value in tree.items():
         if key not in names:
             raise _unknown(f"{prefix}{key}", [f"{prefix}{n}" for n in names])
         kind = hints[key]
         values[key] = _coerce(f"{prefix}{key}", value, kind)
     return cls(**values)
+
+
+def _gather_others(cls: Any, tree: Mapping[str, Any], names: list[str]) -> Mapping[str, Any]:
+    """The tree with its unknown keys in the field that is marked to take them, where there is
+    one."""
+    taking = [f.name for f in dataclasses.fields(cls) if f.metadata.get("others")]
+    others = {key: value for key, value in tree.items() if key not in names}
+    given = tree.get(taking[0], {}) if taking else None
+    if not others or not isinstance(given, Mapping):
+        return tree
+    known = {key: value for key, value in tree.items() if key in names}
+    return {**known, taking[0]: {**given, **others}}
 
 
 def _unknown(key: str, siblings: list[str]) -> ConfigError:
@@ -985,6 +1060,8 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         require(isinstance(value, Mapping), f"{key}={value!r} must be a mapping")
         return {str(k): _coerce(f"{key}.{k}", v, arguments[1]) for k, v in value.items()}
+    if kind is object:
+        return value
     if kind is bool:
         require(isinstance(value, bool), f"{key}={value!r} must be true or false")
         return value

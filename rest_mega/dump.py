@@ -188,8 +188,7 @@ def _completions(t: Trajectory, seed: object) -> list[dict[str, Any]]:
     for number, turn in enumerate(t.turns):
         seeded = turn_seed(seed, t.prompt.id, t.sibling, number)
         span = slice(turn.start, turn.end)
-        version = int(t.version_T[turn.end - 1])
-        done = Completion(t.ids_T[span], t.logprobs_T[span], turn.ended, version)
+        done = Completion(t.ids_T[span], t.logprobs_T[span], turn.ended, t.version_T[span])
         request = Request(t.ids_T[: turn.start], len(done.ids_T), seeded)
         rows.append(recorded_row(request, done, Sampling()))
     return rows

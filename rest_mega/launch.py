@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
+
+_RANKS = {
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+}  # fmt: skip
+"""What torchrun tells a rank of itself."""
 
 
 def world_size() -> int:
@@ -45,3 +52,14 @@ def keep_gloo_on_loopback() -> None:
     """Where all ranks are on this machine, gloo listens on loopback and needs no host name."""
     if int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) == world_size():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def child_environment(more: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a child process that is no rank of this run: ours without torchrun's
+    variables, and `more`."""
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _RANKS and not name.startswith("TORCHELASTIC_")
+    }
+    return ours | dict(more)

@@ -17,7 +17,9 @@ from rest_mega.records import ToolCall
 
 
 class Environment(Protocol):
-    """What answers the calls of one episode and judges it; made anew for every trajectory."""
+    """What answers the calls of one episode and judges it; made anew for every trajectory.
+
+    Episodes may run at the same time in several threads: state belongs to the instance."""
 
     @property
     def specs(self) -> Sequence[Mapping[str, Any]]:

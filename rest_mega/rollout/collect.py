@@ -3,16 +3,15 @@ trajectories."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 from rest_mega.config import ConfigError, EnvironmentConfig, RolloutConfig
 from rest_mega.data.chat import ChatFormat
 from rest_mega.data.tokenizer import Tokenizer
 from rest_mega.dialects import Reply, parse
 from rest_mega.environments import EpisodeTools, ToolRuntime
-from rest_mega.environments.deadline import together
 from rest_mega.records import Prompt, Trajectory, Turn
 from rest_mega.rollout.engine import Completion, Engine, Request, Sampling, seed_of
 from rest_mega.rollout.ledger import Ledger
@@ -91,10 +90,15 @@ class Collector:
         limits: EnvironmentConfig,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`stop()` is asked between turns: once true, collection ends without a result."""
+        """`stop()` is asked between turns: once true, collection ends without a result.
+
+        Where the engine decodes every episode on its own, episodes are advanced from several
+        threads at a time; an episode's own turns and calls come one after another.
+        """
         self._engine, self._tokenizer, self._chat, self._dialect = engine, tokenizer, chat, dialect
         self._config, self._limits, self._stop = config, limits, stop
         self._tools = ToolRuntime(limits, tokenizer)
+        self._side_by_side = threading.BoundedSemaphore(limits.parallel_episodes)
 
     def collect(
         self, prompts: Sequence[Prompt], siblings: int, sampling: Sampling, seed: object
@@ -105,16 +109,21 @@ class Collector:
         is in the batch.
         """
         episodes = [e for prompt in prompts for e in self._open(prompt, siblings)]
-        for turn in range(self._config.max_turns):
-            active = [e for e in episodes if not e.stop]
-            if not active:
-                break
-            if self._stop():
-                return None
-            requests = [
-                self._request(e, turn_seed(seed, e.prompt.id, e.sibling, turn)) for e in active
-            ]
-            self._advance_all(active, self._engine.generate(requests, sampling), turn)
+        stopped = self._stop()
+
+        def follow(index: int, done: Completion) -> Request | None:
+            nonlocal stopped
+            episode = episodes[index]
+            with self._side_by_side:
+                self._advance(episode, done)
+            if not episode.stop:
+                stopped = stopped or self._stop()
+            return None if stopped or episode.stop else self._request(episode, seed)
+
+        if not stopped:
+            self._engine.play([self._request(e, seed) for e in episodes], sampling, follow)
+        if stopped:
+            return None
         trajectories = [self._close(e) for e in episodes]
         return [trajectories[i : i + siblings] for i in range(0, len(trajectories), siblings)]
 
@@ -123,22 +132,14 @@ class Collector:
         ids = _prompt_ids(prompt, tools[0], self._chat, self._config.max_tokens)
         return [_Episode(prompt, g, one, Ledger(ids)) for g, one in enumerate(tools)]
 
-    def _request(self, episode: _Episode, seed: int) -> Request:
+    def _request(self, episode: _Episode, seed: object) -> Request:
         room = self._config.max_tokens - len(episode.ledger)
-        return Request(episode.ledger.ids_T, min(self._config.max_new_tokens, room), seed)
+        drawn_by = turn_seed(seed, episode.prompt.id, episode.sibling, len(episode.turns))
+        return Request(episode.ledger.ids_T, min(self._config.max_new_tokens, room), drawn_by)
 
-    def _advance_all(
-        self, episodes: Sequence[_Episode], completions: Sequence[Completion], turn: int
-    ) -> None:
-        """Advance every episode by a turn; a slow tool holds up no other episode's tools."""
-        jobs = [
-            partial(self._advance, episode, done, turn)
-            for episode, done in zip(episodes, completions, strict=True)
-        ]
-        together(jobs, self._limits.parallel_episodes)
-
-    def _advance(self, episode: _Episode, done: Completion, turn: int) -> None:
+    def _advance(self, episode: _Episode, done: Completion) -> None:
         """Record a sampled turn, answer its calls, and say whether the episode goes on."""
+        turn = len(episode.turns)
         start, end = episode.ledger.sample(done, turn)
         ids = done.ids_T[:-1] if done.finished else done.ids_T
         text = b"".join(self._tokenizer.token_bytes(int(i)) for i in ids)

@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from rest_mega.rollout.engine import Completion, Request, Sampling
+from rest_mega.rollout.engine import (
+    Completion,
+    Follow,
+    Request,
+    Sampling,
+    one_version,
+    play_in_rounds,
+)
 
 
 class EmbeddedEngine:
@@ -73,6 +80,10 @@ class EmbeddedEngine:
             done.update(zip(rows, self._decode([requests[i] for i in rows], sampling), strict=True))
         return [done[i] for i in range(len(requests))]
 
+    def play(self, requests: Sequence[Request], sampling: Sampling, follow: Follow) -> None:
+        """Turn by turn: the batch is what makes decoding in this process fast."""
+        play_in_rounds(self, requests, sampling, follow)
+
     def close(self) -> None:
         """Drop the model."""
         self._model = None
@@ -116,7 +127,7 @@ class EmbeddedEngine:
             ids_T=new[:length].astype(np.int32),
             logprobs_T=logprobs[:length].astype(np.float32),
             finished=bool(len(ends)) and length == stop,
-            version=self._version,
+            version_T=one_version(self._version, length),
         )
 
 

@@ -3,11 +3,15 @@ out."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
+from rest_mega.environments.deadline import together
 from rest_mega.records import Floats, Ints
 
 
@@ -29,8 +33,8 @@ class Completion:
     """Log-prob of each sampled token at the sampling temperature, before any nucleus cut."""
     finished: bool
     """True when the last token ends the turn; False when `max_new_tokens` cut it off."""
-    version: int
-    """Policy version that sampled it."""
+    version_T: Ints
+    """Policy version that sampled each token; more than one where parameters changed meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,13 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     greedy: bool = False
+
+
+Follow = Callable[[int, Completion], Request | None]
+"""(index of an episode, its completion) -> its next request, or None when it is over.
+
+Called once per completion, for different episodes from several threads at a time where the engine
+decodes each on its own."""
 
 
 class Engine(Protocol):
@@ -56,8 +67,34 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order."""
 
+    def play(self, requests: Sequence[Request], sampling: Sampling, follow: Follow) -> None:
+        """Sample episode i from `requests[i]`, `follow(i, completion)`, and so on until every
+        episode is over; what `follow` raises ends the play and is raised here."""
+
     def close(self) -> None:
         """Free what the engine holds."""
+
+
+SIDE_BY_SIDE = 256
+"""Threads that follow the episodes of a round; the collector bounds what their tools may do."""
+
+
+def play_in_rounds(
+    engine: Engine, requests: Sequence[Request], sampling: Sampling, follow: Follow
+) -> None:
+    """`play` for engines that decode whole batches: one turn of all open episodes, then the next.
+    A slow tool of one episode holds up no other episode's tools."""
+    waiting = dict(enumerate(requests))
+    while waiting:
+        done = engine.generate(list(waiting.values()), sampling)
+        jobs = [functools.partial(follow, *turn) for turn in zip(waiting, done, strict=True)]
+        after = zip(waiting, together(jobs, SIDE_BY_SIDE), strict=True)
+        waiting = {index: request for index, request in after if request is not None}
+
+
+def one_version(version: int, length: int) -> Ints:
+    """`version` for each of `length` tokens."""
+    return np.full(length, version, dtype=np.int32)
 
 
 def seed_of(*parts: object) -> int:

@@ -19,12 +19,18 @@ def make_engine(
     tokenizer: Tokenizer,
     device: Any,
     record_to: Path,
+    folder: Path,
 ) -> Engine:
     """The engine that `rollout.engine` names; with rollout.record its completions are kept in
-    `record_to`."""
+    `record_to`. Servers write their logs into `folder` and keep a copy of the weights there."""
     one_of("rollout.engine", config.engine, ENGINES)
     engine = ENGINES[config.engine](
-        config, model_path=model_path, dtype=dtype, tokenizer=tokenizer, device=device
+        config,
+        model_path=model_path,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        device=device,
+        folder=folder,
     )
     if not config.record:
         return engine
@@ -34,7 +40,13 @@ def make_engine(
 
 
 def _embedded(
-    config: RolloutConfig, *, model_path: str, dtype: str, tokenizer: Tokenizer, device: Any
+    config: RolloutConfig,
+    *,
+    model_path: str,
+    dtype: str,
+    tokenizer: Tokenizer,
+    device: Any,
+    **_: Any,
 ) -> Engine:
     from rest_mega.rollout.embedded_engine import EmbeddedEngine
 
@@ -54,4 +66,29 @@ def _replay(config: RolloutConfig, **_: Any) -> Engine:
     return ReplayEngine(Path(config.replay))
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"embedded": _embedded, "replay": _replay}
+def _sglang(
+    config: RolloutConfig,
+    *,
+    model_path: str,
+    dtype: str,
+    tokenizer: Tokenizer,
+    device: Any,
+    folder: Path,
+) -> Engine:
+    from rest_mega.rollout.sglang_engine import SglangEngine
+
+    return SglangEngine(
+        config.sglang,
+        model_path=model_path,
+        dtype=dtype,
+        end_of_turn_ids=tokenizer.end_of_turn_ids,
+        device=str(device.type),
+        folder=folder,
+    )
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "embedded": _embedded,
+    "replay": _replay,
+    "sglang": _sglang,
+}

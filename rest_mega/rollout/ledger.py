@@ -25,28 +25,31 @@ class Ledger:
 
     def observe(self, ids: Sequence[int]) -> None:
         """Append tokens that the policy did not sample: prompt, tool results, template text."""
-        self._append(ids, [0.0] * len(ids), -1, -1)
+        self._append(ids, [0.0] * len(ids), -1, [-1] * len(ids))
 
     def sample(self, completion: Completion, turn: int) -> tuple[int, int]:
         """Append a sampled turn; returns its span [start, end)."""
         start = len(self)
         self._append(
-            completion.ids_T.tolist(), completion.logprobs_T.tolist(), turn, completion.version
+            completion.ids_T.tolist(),
+            completion.logprobs_T.tolist(),
+            turn,
+            completion.version_T.tolist(),
         )
         return start, len(self)
 
     def _append(
-        self, ids: Sequence[int], logprobs: Sequence[float], turn: int, version: int
+        self, ids: Sequence[int], logprobs: Sequence[float], turn: int, versions: Sequence[int]
     ) -> None:
-        if len(ids) != len(logprobs):
+        if not len(ids) == len(logprobs) == len(versions):
             raise ValueError(
-                f"{len(ids)} token ids but {len(logprobs)} log-probs: the engine's answer is "
-                "inconsistent"
+                f"{len(ids)} token ids but {len(logprobs)} log-probs and {len(versions)} versions: "
+                "the engine's answer is inconsistent"
             )
         self._ids += ids
         self._logprobs += logprobs
         self._turn += [turn] * len(ids)
-        self._version += [version] * len(ids)
+        self._version += versions
 
     @property
     def ids_T(self) -> Ints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,7 +11,14 @@ from typing import Any, TextIO
 import numpy as np
 
 from rest_mega.config import ConfigError
-from rest_mega.rollout.engine import Completion, Engine, Request, Sampling
+from rest_mega.rollout.engine import (
+    Completion,
+    Engine,
+    Follow,
+    Request,
+    Sampling,
+    play_in_rounds,
+)
 
 
 class RecordingEngine:
@@ -20,6 +28,7 @@ class RecordingEngine:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._inner = inner
         self._file: TextIO = file.open("a")
+        self._lock = threading.Lock()
 
     @property
     def version(self) -> int:
@@ -34,9 +43,27 @@ class RecordingEngine:
         """Passed on, then recorded."""
         done = self._inner.generate(requests, sampling)
         for request, completion in zip(requests, done, strict=True):
-            self._file.write(json.dumps(recorded_row(request, completion, sampling)) + "\n")
-        self._file.flush()
+            self._record(request, completion, sampling)
         return done
+
+    def play(self, requests: Sequence[Request], sampling: Sampling, follow: Follow) -> None:
+        """Passed on, every completion recorded before it is followed."""
+        asked = dict(enumerate(requests))
+
+        def recorded(index: int, done: Completion) -> Request | None:
+            self._record(asked[index], done, sampling)
+            request = follow(index, done)
+            if request is not None:
+                asked[index] = request
+            return request
+
+        self._inner.play(requests, sampling, recorded)
+
+    def _record(self, request: Request, done: Completion, sampling: Sampling) -> None:
+        line = json.dumps(recorded_row(request, done, sampling)) + "\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file and the inner engine."""
@@ -55,7 +82,7 @@ def recorded_row(request: Request, done: Completion, sampling: Sampling) -> dict
         "ids": done.ids_T.tolist(),
         "logprobs": [float(x) for x in done.logprobs_T],
         "finished": done.finished,
-        "version": done.version,
+        "versions": done.version_T.tolist(),
     }
 
 
@@ -81,10 +108,12 @@ class ReplayEngine:
             row = json.loads(line)
             ids = np.array(row["ids"], dtype=np.int32)
             logprobs = np.array(row["logprobs"], dtype=np.float32)
-            if ids.ndim != 1 or ids.shape != logprobs.shape:
-                raise ValueError(f"ids {ids.shape} and logprobs {logprobs.shape} do not match")
+            versions = np.array(row["versions"], dtype=np.int32)
+            if ids.ndim != 1 or not ids.shape == logprobs.shape == versions.shape:
+                shapes = f"{ids.shape}, {logprobs.shape} and {versions.shape}"
+                raise ValueError(f"ids, logprobs and versions of shapes {shapes} do not match")
             self._done[tuple(row["key"])] = Completion(
-                ids, logprobs, bool(row["finished"]), int(row["version"])
+                ids, logprobs, bool(row["finished"]), versions
             )
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ConfigError(
@@ -111,6 +140,10 @@ class ReplayEngine:
                 f"request {error} was not recorded: replay needs the run.seed, prompts and steps "
                 "of the recorded run"
             ) from error
+
+    def play(self, requests: Sequence[Request], sampling: Sampling, follow: Follow) -> None:
+        """Turn by turn."""
+        play_in_rounds(self, requests, sampling, follow)
 
     def close(self) -> None:
         """Nothing to free."""

@@ -14,7 +14,16 @@ from rest_mega.data.tokenizer import load_tokenizer
 from rest_mega.environments import ENVIRONMENTS, ToolEnvironment, tool
 from rest_mega.records import Prompt, Trajectory
 from rest_mega.rollout.collect import Collector
-from rest_mega.rollout.engine import Completion, Engine, Request, Sampling, seed_of
+from rest_mega.rollout.engine import (
+    Completion,
+    Engine,
+    Follow,
+    Request,
+    Sampling,
+    one_version,
+    play_in_rounds,
+    seed_of,
+)
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "data" / "tiny_bpe", "hermes")
 CHAT = ChatFormat(TOKENIZER)
@@ -86,7 +95,11 @@ class ScriptedEngine:
         ids = reply_ids(self._lines[request.seed])
         kept = np.array(ids[: request.max_new_tokens], dtype=np.int32)
         logprobs = -np.arange(1, len(kept) + 1, dtype=np.float32) / 8
-        return Completion(kept, logprobs, len(kept) == len(ids), self.version)
+        versions = one_version(self.version, len(kept))
+        return Completion(kept, logprobs, len(kept) == len(ids), versions)
+
+    def play(self, requests: Sequence[Request], sampling: Sampling, follow: Follow) -> None:
+        play_in_rounds(self, requests, sampling, follow)
 
     def close(self) -> None: ...
 
@@ -99,18 +112,18 @@ def collector(
     return Collector(engine, TOKENIZER, CHAT, "hermes", config, EnvironmentConfig(), stop)
 
 
-def assert_made_of_its_parts(trajectory: Trajectory) -> None:
+def assert_made_of_its_parts(trajectory: Trajectory, chat: ChatFormat = CHAT) -> None:
     """prompt | sampled | delta | sampled ...: nothing is missing, added or tokenised again."""
     t = trajectory
     specs = ENVIRONMENTS[t.prompt.environment](t.prompt.task).specs
-    ids = CHAT.prompt_ids(t.prompt.messages, t.prompt.tools or specs)
+    ids = chat.prompt_ids(t.prompt.messages, t.prompt.tools or specs)
     turn_T = [-1] * len(ids)
     for n, turn in enumerate(t.turns):
         if n:
             before = t.turns[n - 1]
             names = [c.name for c in before.calls] or [""]
             answers = [o.content for o in before.outcomes]
-            delta = CHAT.tool_result_ids(list(zip(names, answers, strict=True)))
+            delta = chat.tool_result_ids(list(zip(names, answers, strict=True)))
             ids, turn_T = ids + delta, turn_T + [-1] * len(delta)
         assert turn.start == len(ids)
         sampled = t.ids_T[turn.start : turn.end].tolist()

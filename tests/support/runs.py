@@ -169,7 +169,7 @@ class Ended:
 
 def start(world_size: int, *words: object) -> list[Ended]:
     """`rest-mega WORDS` on every rank of a new run."""
-    return run_ranks(_main, world_size, [str(word) for word in words])
+    return run_ranks(run_verb, world_size, [str(word) for word in words])
 
 
 def job_of(world_size: int, folder: Path, *words: object) -> Job:
@@ -183,7 +183,8 @@ def _run(words: list[str]) -> int:
     return main(words)
 
 
-def _main(words: list[str]) -> Ended:
+def run_verb(words: list[str]) -> Ended:
+    """`rest-mega WORDS` on this rank."""
     from rest_mega.cli import main
 
     out, err = io.StringIO(), io.StringIO()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rest_mega import config as module
-from rest_mega.config import ConfigError, ParallelConfig, RunConfig, known_keys
+from rest_mega.config import ConfigError, ParallelConfig, RunConfig, SglangConfig, known_keys
 
 SECTIONS = typing.get_type_hints(RunConfig)
 
@@ -395,10 +395,41 @@ def documented(path: Path) -> dict[str, set[str]]:
 
 def test_every_field_is_documented_under_it() -> None:
     texts = documented(Path(module.__file__))
-    for name, kind in SECTIONS.items():
+    for name, kind in [*SECTIONS.items(), ("rollout.sglang", SglangConfig)]:
         assert {f.name for f in dataclasses.fields(kind)} == texts[kind.__name__], name
 
 
 def test_the_known_keys_are_the_leaves_of_the_tree() -> None:
     tree = RunConfig().to_dict()
-    assert known_keys() == [f"{section}.{key}" for section in tree for key in tree[section]]
+    sglang = [f"rollout.sglang.{key}" for key in tree["rollout"]["sglang"]]
+    sections = [f"{section}.{key}" for section in tree for key in tree[section]]
+    assert known_keys() == [
+        key for whole in sections for key in (sglang if whole == "rollout.sglang" else [whole])
+    ]
+
+
+# ------------------------------------------------------------------ SGLang's own arguments
+
+
+def test_what_sglang_section_does_not_know_is_an_argument_of_the_server() -> None:
+    tree = {"servers": 2, "mem_fraction_static": 0.1, "tp_size": 2, "lora_paths": ["a"]}
+    config = RunConfig.from_dict({"rollout": {"engine": "sglang", "sglang": tree}})
+    sglang = config.rollout.sglang
+    assert sglang.servers == 2
+    assert sglang.arguments == {"mem_fraction_static": 0.1, "tp_size": 2, "lora_paths": ["a"]}
+    assert RunConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"transport": "carrier"}, "rollout.sglang.transport='carrier' is not known"),
+        ({"servers": 0}, "rollout.sglang.servers=0 must be at least 1"),
+        ({"health_s": 0}, "rollout.sglang.health_s=0.0 must be positive"),
+        ({"restarts": -1}, "rollout.sglang.restarts=-1 must not be negative"),
+        ({"urls": ["host:30000"]}, "rollout.sglang.urls has 'host:30000'; write http://host:port"),
+        ({"arguments": 3}, "rollout.sglang.arguments=3 must be a mapping"),
+    ],
+)
+def test_a_setting_of_our_own_that_cannot_be_is_refused(tree: dict[str, Any], message: str) -> None:
+    assert message in refused({"rollout": {"sglang": tree}})

@@ -193,7 +193,10 @@ def test_an_engine_whose_answer_is_inconsistent_is_refused() -> None:
         def generate(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
             return super().generate(requests, sampling)[1:]
 
-    for kind, message in ((Short, r"2 token ids but 1 log-probs"), (Lost, "shorter")):
+    for kind, message in (
+        (Short, r"2 token ids but 1 log-probs and 2 versions"),
+        (Lost, "shorter"),
+    ):
         engine = kind({("p", 0): ["5"]})
         with pytest.raises(ValueError, match=message):
             collector(engine).collect([prompt("p")], 1, Sampling(), SEED)
@@ -202,7 +205,7 @@ def test_an_engine_whose_answer_is_inconsistent_is_refused() -> None:
 def test_a_ledger_grows_by_appending_alone() -> None:
     ledger = Ledger([4, 5])
     before = ledger.ids_T
-    done = Completion(np.array([6], np.int32), np.array([-0.5], np.float32), True, 3)
+    done = Completion(np.array([6], np.int32), np.array([-0.5], np.float32), True, np.array([3]))
     assert ledger.sample(done, 0) == (2, 3)
     ledger.observe([7, 8])
     assert before.tolist() == [4, 5]

@@ -59,7 +59,8 @@ def requests(count: int, longest: int = 12) -> list[Request]:
 def assert_same(got: list[Completion], want: list[Completion]) -> None:
     for one, other in zip(got, want, strict=True):
         assert one.ids_T.tolist() == other.ids_T.tolist()
-        assert (one.finished, one.version) == (other.finished, other.version)
+        assert one.finished == other.finished
+        assert one.version_T.tolist() == other.version_T.tolist()
         np.testing.assert_allclose(one.logprobs_T, other.logprobs_T, atol=1e-5)
 
 
@@ -74,7 +75,7 @@ def test_greedy_completions_are_those_of_transformers(model: Any) -> None:
             max_new_tokens=request.max_new_tokens, eos_token_id=list(ends),
         )  # fmt: skip
         assert completion.ids_T.tolist() == out[0, ids.shape[1] :].tolist()
-        assert completion.version == 5
+        assert completion.version_T.tolist() == [5] * len(completion.ids_T)
     assert len({c.finished for c in done}) == 2
 
 
@@ -125,7 +126,7 @@ def test_a_turn_ends_with_its_first_end_token_or_at_its_own_limit(model: Any) ->
     limits = np.random.default_rng(2).integers(1, 13, len(asked))
     cut = [Request(r.ids_T, int(n), r.seed) for r, n in zip(asked, limits, strict=True)]
     want = [
-        Completion(c.ids_T[:n], c.logprobs_T[:n], c.finished and len(c.ids_T) <= n, 5)
+        Completion(c.ids_T[:n], c.logprobs_T[:n], c.finished and len(c.ids_T) <= n, c.version_T[:n])
         for c, n in zip(whole, limits, strict=True)
     ]
     assert_same(engine_of(model).generate(cut, Sampling()), want)

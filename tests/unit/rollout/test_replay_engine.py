@@ -50,6 +50,7 @@ def make(path: str, folder: Path, **settings: Any) -> Engine:
         tokenizer=TOKENIZER,
         device=torch.device("cpu"),
         record_to=folder / "step_1.jsonl",
+        folder=folder,
     )
     from transformers import AutoModelForCausalLM
 
@@ -156,13 +157,14 @@ def test_an_empty_folder_is_refused_with_the_way_to_record(tmp_path: Path) -> No
         ReplayEngine(tmp_path)
 
 
-GOOD = '{"key": [1, 2, false], "ids": [3], "logprobs": [-0.5], "finished": true, "version": 1}'
+GOOD = '{"key": [1, 2, false], "ids": [3], "logprobs": [-0.5], "finished": true, "versions": [1]}'
 
 
 @pytest.mark.parametrize(
     "line",
     ["{", "[]", "{}", "null", GOOD.replace("[3]", '["x"]'), GOOD.replace("[3]", "[3, 4]"),
-     GOOD.replace("[1, 2, false]", "7"), GOOD.replace('"version": 1', '"version": null'),
+     GOOD.replace("[1, 2, false]", "7"), GOOD.replace('"versions": [1]', '"versions": null'),
+     GOOD.replace('"versions": [1]', '"versions": [1, 1]'),
      GOOD.replace("[-0.5]", "[[-0.5]]"), GOOD.replace("[3]", "3"), GOOD.replace("[3]", "[1e99]")],
 )  # fmt: skip
 def test_a_line_that_is_no_completion_is_named_by_file_and_number(
@@ -178,4 +180,4 @@ def test_a_recorded_line_is_what_was_completed(tmp_path: Path) -> None:
     (done,) = ReplayEngine(tmp_path).generate([Request(np.array([8, 8]), 5, 1)], Sampling())
     assert isinstance(done, Completion)
     assert (done.ids_T.tolist(), done.logprobs_T.tolist()) == ([3], [-0.5])
-    assert (done.finished, done.version) == (True, 1)
+    assert (done.finished, done.version_T.tolist()) == (True, [1])

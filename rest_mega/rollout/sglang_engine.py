@@ -1,0 +1,218 @@
+"""The SGLang engine: starts or attaches to the servers of one lead, plays episodes on them and
+loads new weights into them, from one event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rest_mega.config import SglangConfig, one_of
+from rest_mega.rollout.engine import Completion, Follow, Request, Sampling
+from rest_mega.rollout.sglang_episodes import Episodes
+from rest_mega.rollout.sglang_fleet import Fleet, Worker
+from rest_mega.rollout.sglang_server import Server, default_arguments
+from rest_mega.rollout.sglang_update import Broadcast, Disk, Tensors, Transport, Update, restore
+from rest_mega.rollout.sglang_weights import (
+    DTYPES,
+    Checksums,
+    Kept,
+    buckets,
+    checked,
+    expected_shapes,
+)
+
+T = TypeVar("T")
+
+
+class SglangEngine:
+    """An Engine over one or more servers."""
+
+    def __init__(
+        self,
+        config: SglangConfig,
+        *,
+        model_path: str,
+        dtype: str,
+        end_of_turn_ids: Sequence[int],
+        device: str,
+        folder: Path,
+    ) -> None:
+        """Start or attach to the servers; ConfigError when they do not become ready.
+
+        `folder` takes their logs and the copy of the weights.
+        """
+        arguments = default_arguments(model_path, dtype, device) | dict(config.arguments)
+        one_of("rollout.sglang.dtype", arguments["dtype"], DTYPES)
+        self._config = config
+        self._shapes = expected_shapes(model_path)
+        self._dtype = DTYPES[arguments["dtype"]]
+        vocab_size = self._shapes["model.embed_tokens.weight"][0]
+        self._kept = Kept(folder / "weights", model_path)
+        self._sums, self._version, self._loaded = Checksums(), -1, -1
+        servers = [
+            Server(config.python, arguments, config.environment, folder / f"server_{n}.log")
+            for n in range(0 if config.urls else config.servers)
+        ]
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True).start()
+        self._fleet, self._closed = Fleet(config, servers, self._restore), False
+        self._episodes = Episodes(self._fleet, end_of_turn_ids, vocab_size, config.in_flight)
+        self._transport = self._make_transport()
+        try:
+            self._wait(self._fleet.start())
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_transport(self) -> Transport:
+        if self._config.transport == "disk":
+            return Disk(self._kept)
+        if self._config.transport == "distributed":
+            return Broadcast(self._config.master_host, self._config.update_timeout_s)
+        return Tensors()
+
+    @property
+    def version(self) -> int:
+        """Version of the parameters that all servers hold; -1 before the first load and after a
+        failed one."""
+        return self._version
+
+    @property
+    def losses(self) -> int:
+        """How often a server was lost."""
+        return self._fleet.losses
+
+    @property
+    def answered(self) -> list[int]:
+        """Requests that each server has answered."""
+        return [worker.answered for worker in self._fleet.workers]
+
+    @property
+    def urls(self) -> list[str]:
+        """Where the servers are."""
+        return [worker.client.url for worker in self._fleet.workers]
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the servers that were started here."""
+        return [worker.server.pid for worker in self._fleet.workers if worker.server]
+
+    # ------------------------------------------------------------------ episodes
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """All requests at once; ConfigError for one that a server would not survive."""
+        done: dict[int, Completion] = {}
+        self.play(requests, sampling, done.__setitem__)
+        return [done[i] for i in range(len(requests))]
+
+    def play(self, requests: Sequence[Request], sampling: Sampling, follow: Follow) -> None:
+        """Every episode at its own pace; `follow` runs in threads."""
+        if self._loaded < 0:
+            raise RuntimeError("the SGLang servers have no weights of ours: load parameters first")
+        for request in requests:
+            self._episodes.check(request)
+        self._wait(self._episodes.play(requests, sampling, follow))
+
+    # ------------------------------------------------------------------ parameters
+
+    def load_parameters(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
+        """Stream the tensors into all servers, bucket by bucket: one is sent while the next is
+        gathered. ValueError for wrong names or shapes, RuntimeError when a server does not take
+        them even after a restart."""
+        if version < 0:
+            raise ValueError(f"version={version} must not be negative")
+        self._version = -1
+        self._wait(self._fleet.shut())
+        try:
+            failed = self._stream(tensors, version)
+        except BaseException as error:
+            self._wait(
+                self._fleet.fail(f"loading version {version} of the weights failed: {error}")
+            )
+            raise
+        self._wait(self._recover(failed))
+        self._version = version
+
+    def _stream(self, tensors: Iterable[tuple[str, Any]], version: int) -> dict[Worker, str]:
+        """Workers that did not take the weights, and why."""
+        keep = self._config.keep_copy or self._config.transport == "disk"
+        self._wait(self._fleet.weights.acquire())
+        self._loaded = -1
+        update = Update([w for w in self._fleet.workers if w.open], self._transport)
+        self._sums = Checksums()
+        try:
+            if keep:
+                self._kept.begin(version)
+            self._wait(update.begin())
+            self._send(update, tensors, keep)
+            if keep:
+                self._kept.end()
+            self._wait(update.end(version, self._sums))
+            self._loaded = version
+        finally:
+            self._wait(update.resume())
+            self._loop.call_soon_threadsafe(self._fleet.weights.release)
+        return update.failed
+
+    def _send(self, update: Update, tensors: Iterable[tuple[str, Any]], keep: bool) -> None:
+        """Two buckets at a time: one is gathered, summed and kept while the one before is sent."""
+        sent: Future[None] | None = None
+        stream = checked(tensors, self._shapes, self._dtype)
+        try:
+            for bucket in buckets(stream, self._config.bucket_mb * 2**20):
+                self._sums.add(bucket)
+                if keep:
+                    self._kept.add(bucket)
+                prepared = self._transport.prepare(bucket)
+                if sent is not None:
+                    sent.result()
+                sent = self._submit(update.send(prepared))
+        finally:
+            if sent is not None:
+                sent.result()
+
+    async def _recover(self, failed: dict[Worker, str]) -> None:
+        """Start anew what did not take the weights; with no copy of them that is the end."""
+        for worker, why in failed.items():
+            if self._kept.folder is None:
+                raise RuntimeError(
+                    f"{why}; with rollout.sglang.keep_copy=true the server would be started again"
+                )
+            self._fleet.lose(worker, why)
+        await self._fleet.admit()
+        await self._fleet.mended()
+
+    async def _restore(self, worker: Worker) -> None:
+        """The newest weights into a worker, unless it has them by name or there are none yet."""
+        if self._loaded < 0 or await worker.client.version() == self._loaded:
+            return
+        if self._kept.folder is None:
+            raise RuntimeError(
+                "there is no copy of the weights to give it: set rollout.sglang.keep_copy=true"
+            )
+        await restore(worker, self._kept, self._loaded, self._sums)
+
+    def settle(self) -> None:
+        """Wait until every lost server is back; RuntimeError when one does not come back."""
+        self._wait(self._fleet.mended())
+
+    def close(self) -> None:
+        """End the servers that were started here, and remove the copy of the weights."""
+        if self._closed:
+            return
+        self._closed = True
+        self._wait(self._transport.close(self._fleet.workers))
+        self._wait(self._fleet.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._episodes.close()
+        self._kept.close()
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._submit(work).result()
