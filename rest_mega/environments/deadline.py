@@ -155,7 +155,7 @@ class _Worker(threading.Thread):
 _THREAD = threading.local()
 """`clock` of the job that runs on the thread."""
 
-_IDLE: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+_IDLE: queue.LifoQueue[_Worker] = queue.LifoQueue()
 """Threads that wait for a call; as many as there were calls at one time."""
 
 
