@@ -10,11 +10,17 @@ ARGS ?=
 BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
+# The newest megatron-core that is supported. From 0.17 on it asks for Python 3.12 and does without;
+# from 0.18 on for triton, which no run on a CPU uses.
+LATEST_MCORE ?= 0.19.2
+LATEST_VENV ?= .venv-mcore-latest
+LATEST_STAMP := $(LATEST_VENV)/.installed-$(LATEST_MCORE)
+
 SGLANG_VENV ?= .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 SGLANG_PINS := tests/support/sglang_cpu
 
-.PHONY: setup sglang engine quickstart test lint format type pytest slow clean
+.PHONY: setup bfcl sglang engine quickstart test test-mcore-latest lint format type pytest slow clean
 
 setup: $(STAMP)
 
@@ -28,6 +34,10 @@ $(RUNS): pyproject.toml
 $(STAMP): $(RUNS)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
+
+# BFCL's backends without the hundred dependencies of its package, for the environment "bfcl" and its tests.
+bfcl: setup
+	$(BIN)/pip install --quiet --no-deps 'bfcl-eval>=2026.3' mpmath
 
 sglang: $(SGLANG_STAMP)
 
@@ -63,5 +73,17 @@ engine: setup sglang
 slow: setup
 	$(BIN)/python -m pytest -q -m 'slow' $(ARGS)
 
+$(LATEST_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(LATEST_VENV)
+	$(LATEST_VENV)/bin/pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(LATEST_VENV)/bin/pip install --quiet --editable '.[dev]'
+	$(LATEST_VENV)/bin/pip install --quiet --no-deps --ignore-requires-python \
+		megatron-core==$(LATEST_MCORE)
+	touch $(LATEST_STAMP)
+
+# What touches megatron-core, with another version of it than `make test` has.
+test-mcore-latest: $(LATEST_STAMP)
+	$(LATEST_VENV)/bin/python -m pytest -q tests/distributed tests/unit/trainer tests/unit/sync $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST_VENV) $(SGLANG_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

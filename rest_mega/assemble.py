@@ -23,11 +23,11 @@ from rest_mega.run_directory import RunDirectory
 from rest_mega.session import Inputs, Session
 from rest_mega.stop import Stop
 from rest_mega.sync.export import Exporter
-from rest_mega.sync.load import load, open_source
+from rest_mega.sync.load import Source, load, open_source
 from rest_mega.telemetry.reporter import Reporter
 from rest_mega.trainer import checkpoint, device, parallel
 from rest_mega.trainer.checkpoint_files import candidates, damage, newest, read_state
-from rest_mega.trainer.model import read_architecture
+from rest_mega.trainer.model import Architecture, read_architecture
 from rest_mega.trainer.trainer import Trainer
 from rest_mega.watchdog import Watchdog
 
@@ -73,11 +73,28 @@ def read_inputs(config: RunConfig, verb: str) -> Inputs:
     )
     chat = ChatFormat(tokenizer)
     train, held_out = _prompts(config, verb)
-    check_prompts(train + held_out, chat, config.rollout.max_tokens)
+    check_prompts(train + held_out, chat, config.rollout.max_tokens, config.environment)
     rubric = Rubric(config.rewards)
     source = open_source(config.model.path, config.model.init, architecture, config.run.seed)
+    reference = None
+    if verb == "train" and config.needs_reference:
+        reference = _reference(config, architecture) if config.model.reference else source
     _check_checkpoint(config, verb)
-    return Inputs(architecture, source, tokenizer, chat, rubric, train, held_out)
+    return Inputs(architecture, source, reference, tokenizer, chat, rubric, train, held_out)
+
+
+def _reference(config: RunConfig, architecture: Architecture) -> Source:
+    """The weights in `model.reference`; ConfigError unless they fit the policy's architecture."""
+    path = config.model.reference
+    other = read_architecture(path, "model.reference")
+    sizes = [f.name for f in dataclasses.fields(Architecture) if f.name != "max_positions"]
+    differing = [n for n in sizes if getattr(other, n) != getattr(architecture, n)]
+    require(
+        not differing,
+        f"model.reference={path} differs from model.path in {', '.join(differing)}: the reference "
+        "runs in the policy's modules; name a checkpoint of the same architecture",
+    )
+    return open_source(path, "load", architecture, config.run.seed)
 
 
 def _prompts(config: RunConfig, verb: str) -> tuple[list[Prompt], list[Prompt]]:
@@ -241,7 +258,8 @@ def _open(
 def _trainer(
     config: RunConfig, inputs: Inputs, place: parallel.Parallel, total_steps: int
 ) -> Trainer:
-    """The policy with the weights that `model` names; its optimizer not yet built."""
+    """The policy with the weights that `model` names, and the reference where one is needed; the
+    optimizer not yet built."""
     trainer = Trainer(
         inputs.architecture,
         place,
@@ -252,7 +270,12 @@ def _trainer(
         temperature=config.rollout.temperature,
         total_steps=total_steps,
     )
-    load(trainer.modules, inputs.source, inputs.architecture, place)
+    first = inputs.source if inputs.reference is None else inputs.reference
+    load(trainer.modules, first, inputs.architecture, place)
+    if inputs.reference is not None:
+        trainer.keep_reference()
+    if first is not inputs.source:
+        load(trainer.modules, inputs.source, inputs.architecture, place)
     return trainer
 
 

@@ -1,5 +1,5 @@
 """Command line: VERB CONFIG.yaml [section.key=value ...] [--megatron-name value ...] -> RunConfig
--> the verb."""
+-> the verb; or a verb with words of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 import importlib
 import sys
 import traceback
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ VERBS = {
     "sft": ("rest_mega.sft", "supervised warm start on chat dialogues"),
     "eval": ("rest_mega.evaluate", "held-out success of a checkpoint, without training"),
 }
+
+OWN_WORDS = {
+    "convert": ("rest_mega.convert", "Hugging Face <-> Megatron checkpoint: SOURCE TARGET"),
+}
+"""Verbs without a config: their module's `main` reads what follows."""
 
 MEGATRON_ALIASES = {
     "--tensor-model-parallel-size": "parallel.tensor",
@@ -47,12 +52,13 @@ NO_COUNTERPART = {
     "--micro-batch-size": "micro-batches are filled by tokens: set packing.tokens",
     "--global-batch-size": "a step has rollout.prompts_per_step x rollout.samples_per_prompt "
     "trajectories",
-    "--expert-tensor-parallel-size": "it is parallel.tensor",
+    "--expert-tensor-parallel-size": "an expert is never cut: set parallel.expert",
     "--load": "a run resumes from the newest checkpoint in run.dir; set run.dir",
     "--save": "checkpoints are written into run.dir; set run.dir",
 }
 """Names of Megatron's that many type, and what to write instead."""
 
+_BEFORE_TRAINING = "interrupted before training began"
 _FLAGS = ("--sequence-parallel", "--use-distributed-optimizer", "--fresh")
 
 HELP = """usage: rest-mega VERB CONFIG.yaml [section.key=value ...] [--megatron-name value ...]
@@ -61,25 +67,30 @@ HELP = """usage: rest-mega VERB CONFIG.yaml [section.key=value ...] [--megatron-
 verbs:
 {verbs}
 
-Relative paths are relative to the current directory. `rest-mega keys` lists every config key.
+Relative paths are relative to the current directory. `rest-mega keys` lists every config key,
+`rest-mega convert --help` what follows that verb.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code.
 
-    0 done, 1 failed, 2 bad input, 3 stopped by the guard, 70 a phase beyond its deadline, 130
-    Ctrl-C and 143 SIGTERM (both after saving).
+    0 done, 1 failed, 2 bad input, 3 stopped by the guard, 4 losses not finite, 70 a phase beyond
+    its deadline, 130 Ctrl-C and 143 SIGTERM (both after saving).
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
+        verbs = (VERBS | OWN_WORDS).items()
         sys.stdout.write(
-            HELP.format(verbs="\n".join(f"  {verb:6} {text}" for verb, (_, text) in VERBS.items()))
+            HELP.format(verbs="\n".join(f"  {verb:7} {text}" for verb, (_, text) in verbs))
         )
         return 0 if words else 2
     if words[0] == "keys":
         sys.stdout.write("\n".join(known_keys()) + "\n")
         return 0
+    if words[0] in OWN_WORDS:
+        module = importlib.import_module(OWN_WORDS[words[0]][0])
+        return _run(lambda: module.main(words[1:]), "interrupted")
     try:
         verb, config = read(words)
         module = importlib.import_module(VERBS[verb][0])
@@ -90,18 +101,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return _interrupted()
-    return _run(module, config, inputs)
+    return _run(lambda: module.run(config, inputs))
 
 
-def _run(module: Any, config: RunConfig, inputs: Any) -> int:
+def _run(verb: Callable[[], int], if_interrupted: str = _BEFORE_TRAINING) -> int:
     try:
-        return int(module.run(config, inputs))
+        return int(verb())
     except ConfigError as error:
         who = f" [rank {launch.rank()}]" if launch.world_size() > 1 else ""
         sys.stderr.write(f"rest-mega{who}: {error}\n")
         return 2
     except KeyboardInterrupt:
-        return _interrupted()
+        return _interrupted(if_interrupted)
     except Exception:
         # Tell why before torchrun ends the peers that now wait for this rank.
         traceback.print_exc()
@@ -109,18 +120,18 @@ def _run(module: Any, config: RunConfig, inputs: Any) -> int:
         return 1
 
 
-def _interrupted() -> int:
-    sys.stderr.write("rest-mega: interrupted before training began\n")
+def _interrupted(what: str = _BEFORE_TRAINING) -> int:
+    sys.stderr.write(f"rest-mega: {what}\n")
     return 130
 
 
 def read(words: Sequence[str]) -> tuple[str, RunConfig]:
     """(verb, config) of a command line; ConfigError names what is unknown and the nearest known
     names."""
-    verb, rest = words[0], list(words[1:])
+    verb, rest, known = words[0], list(words[1:]), [*VERBS, *OWN_WORDS]
     if verb not in VERBS:
         raise ConfigError(
-            f"unknown verb {verb!r}; choose one of {', '.join(VERBS)}{_near(verb, list(VERBS))}"
+            f"unknown verb {verb!r}; choose one of {', '.join(known)}{_near(verb, known)}"
         )
     if not rest or "=" in rest[0] or rest[0].startswith("--"):
         raise ConfigError(

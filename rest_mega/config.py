@@ -46,6 +46,11 @@ class ModelConfig:
     init: str = "load"
     """load: read the weights in `path`; random: take only its config.json and draw the weights from
     `run.seed`."""
+    reference: str = ""
+    """Folder of a Hugging Face checkpoint of the same architecture: the reference policy of
+    loss.kl, credit.kl_reward and telemetry.reference_kl, read only where one of them is on; empty:
+    the weights the run started from. It takes one more copy of this rank's parameters in host
+    memory, and may change when a run resumes."""
     dtype: str = "fp32"
     """fp32 or bf16: the dtype of parameters and activations; gradients and optimizer state stay
     fp32."""
@@ -59,8 +64,16 @@ class ModelConfig:
     recompute: str = "none"
     """none, selective (attention) or full (every layer): activations recomputed in the backward
     pass."""
+    moe_aux_loss: float = 0.0
+    """Coefficient of the load-balancing loss of a mixture of experts (Switch Transformer's, arXiv
+    2101.03961): the mean over all tokens of the step, prompts included, of each micro-batch's.
+    It depends on the cut into micro-batches, unlike all else."""
 
     def __post_init__(self) -> None:
+        require(
+            self.moe_aux_loss >= 0,
+            f"model.moe_aux_loss={self.moe_aux_loss} must not be negative; use 0 for none",
+        )
         one_of("model.dtype", self.dtype, ("fp32", "bf16"))
         one_of("model.layers", self.layers, ("auto", "te", "local"))
         one_of("model.head", self.head, ("auto", "chunked", "triton"))
@@ -94,7 +107,8 @@ class ParallelConfig:
     context: int = 1
     """Context-parallel size (Megatron: context_parallel_size)."""
     expert: int = 1
-    """Expert-parallel size (Megatron: expert_model_parallel_size)."""
+    """Ranks of TP x CP x DP over which a mixture's experts are spread, each whole on its rank; 1:
+    every rank has all of them (Megatron: expert_model_parallel_size)."""
     sequence: bool = False
     """Sequence parallelism inside the tensor-parallel group (Megatron: sequence_parallel)."""
 
@@ -125,6 +139,12 @@ class ParallelConfig:
             f"context {self.context} = {self.replica_size}; launch a multiple of "
             f"{self.replica_size} processes "
             "(torchrun --nproc-per-node) or change the parallel sizes",
+        )
+        ranks = world_size // self.pipeline
+        require(
+            ranks % self.expert == 0,
+            f"parallel.expert={self.expert} does not divide the {ranks} ranks of a pipeline stage "
+            f"(world size {world_size} / pipeline {self.pipeline}); use a divisor of {ranks}",
         )
         return world_size // self.replica_size
 
@@ -201,32 +221,127 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class HttpToolConfig:
+    """A tool behind an HTTP endpoint; its name is its key in `environment.http`."""
+
+    url: str = ""
+    """http:// or https:// address; {argument} in its path is filled with that argument."""
+    method: str = "POST"
+    """POST, PUT, PATCH: the other arguments are sent as a JSON object; GET, DELETE: as a query."""
+    description: str = ""
+    """What the model is told of the tool."""
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object"})
+    """JSON schema of the arguments."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Sent with every request. They are kept in the run directory: see secret_headers."""
+    secret_headers: Mapping[str, str] = field(default_factory=dict)
+    """Header -> the environment variable that holds its value."""
+    idempotent: bool = False
+    """Sending a request twice does what sending it once does: it may be retried."""
+    concurrent: bool = True
+    """Calls of one turn may run at the same time."""
+
+    def __post_init__(self) -> None:
+        web = self.url.startswith(("http://", "https://"))
+        require(web, f"url={self.url!r} of an HTTP tool must begin with http:// or https://")
+        one_of("method of an HTTP tool", self.method, ("GET", "POST", "PUT", "PATCH", "DELETE"))
+
+
+@dataclass(frozen=True)
+class McpServerConfig:
+    """An MCP server, whose tools all become known; its name is its key in `environment.mcp`."""
+
+    command: tuple[str, ...] = ()
+    """Command that starts it as a child process (stdio); either this or `url`."""
+    url: str = ""
+    """Address of a running server (streamable HTTP)."""
+    variables: tuple[str, ...] = ()
+    """Environment variables that a server started by `command` is given besides PATH, HOME and
+    their like."""
+    idempotent: tuple[str, ...] = ()
+    """Tools that may be retried, besides those that the server itself declares idempotent or
+    read-only."""
+    concurrent: bool = True
+    """Calls of one turn may run at the same time."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.command) != bool(self.url),
+            f"an MCP server has command={list(self.command)} and url={self.url!r}; give one of "
+            "them",
+        )
+
+
+FAILURES = (
+    "malformed", "unknown_tool", "bad_arguments", "refused", "timeout", "crashed", "error",
+)  # fmt: skip
+"""What may become of a call besides ok."""
+
+
+@dataclass(frozen=True)
 class EnvironmentConfig:
-    """Limits on what answers a tool call; the environment itself is named by each prompt."""
+    """Tools that all environments may use, and limits on what answers a tool call; the environment
+    itself is named by each prompt."""
 
     modules: tuple[str, ...] = ()
     """Python files or importable modules that register tools, environments and rewards, loaded at
     start."""
+    http: Mapping[str, HttpToolConfig] = field(default_factory=dict)
+    """Tools behind HTTP endpoints: name -> url, method, description, parameters, ..."""
+    mcp: Mapping[str, McpServerConfig] = field(default_factory=dict)
+    """MCP servers: name -> command or url, ...; needs the extra `mcp`."""
     call_timeout_s: float = 10.0
-    """Deadline of one tool call, in seconds."""
-    result_characters: int = 4096
-    """A longer tool result is cut to this many characters."""
+    """Deadline of one tool call with all its retries, in seconds."""
+    episode_timeout_s: float = 120.0
+    """Seconds that the tool calls of one episode may take together."""
+    retries: int = 2
+    """Further tries of a call that failed, for tools declared idempotent."""
+    result_tokens: int = 1024
+    """A longer tool result is cut to this many tokens."""
+    result_characters: int = 65536
+    """A longer tool result is cut to this many characters before its tokens are counted."""
     calls_per_turn: int = 16
     """More calls than these in one turn are refused (each is still answered)."""
+    parallel_calls: int = 8
+    """Calls of one turn that run at the same time at most."""
+    parallel_episodes: int = 64
+    """Episodes of one lead whose calls are answered at the same time at most."""
+    isolated_workers: int = 4
+    """Worker processes of one lead for tools declared isolated."""
+    isolated_memory_mb: int = 512
+    """Memory that an isolated tool may take, in MB."""
+    messages: Mapping[str, str] = field(default_factory=dict)
+    """What the model reads of a failed call, by status (see FAILURES), where it is not the default
+    "error: {why}"; {why} and {tool} are filled in."""
 
     def __post_init__(self) -> None:
-        require(
-            self.call_timeout_s > 0,
-            f"environment.call_timeout_s={self.call_timeout_s} must be positive",
-        )
-        require(
-            self.result_characters > 0,
-            f"environment.result_characters={self.result_characters} must be positive",
-        )
-        require(
-            self.calls_per_turn > 0,
-            f"environment.calls_per_turn={self.calls_per_turn} must be positive",
-        )
+        for name in (
+            "call_timeout_s",
+            "episode_timeout_s",
+            "result_tokens",
+            "result_characters",
+            "calls_per_turn",
+            "parallel_calls",
+            "parallel_episodes",
+            "isolated_workers",
+            "isolated_memory_mb",
+        ):
+            value = getattr(self, name)
+            require(value > 0, f"environment.{name}={value} must be positive")
+        require(self.retries >= 0, f"environment.retries={self.retries} must not be negative")
+        for status, text in self.messages.items():
+            one_of("key of environment.messages", status, FAILURES)
+            self._check_message(status, text)
+
+    def _check_message(self, status: str, text: str) -> None:
+        try:
+            text.format(why="", tool="")
+        except (LookupError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"environment.messages.{status}={text!r} cannot be filled in "
+                f"({type(error).__name__}: {error}); use {{why}} and {{tool}} alone, and double "
+                "other braces"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -360,6 +475,9 @@ class RewardConfig:
         )
 
 
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
 @dataclass(frozen=True)
 class CreditConfig:
     """ResT: what each token's gradient weighs, and the advantages of a group."""
@@ -381,7 +499,7 @@ class CreditConfig:
     """Running mean of the region entropies: share of the old value kept at each step."""
     tokens: str = "all"
     """What becomes of single tokens, besides their region's weight: all (nothing), high-entropy,
-    clip-cov or entropy-advantage; see rest_mega.credit.advantages.TOKENS."""
+    clip-cov, kl-cov or entropy-advantage; see rest_mega.credit.advantages.TOKENS."""
     high_entropy_share: float = 0.2
     """tokens=high-entropy: share of the global batch's weighted tokens that carry gradient, those
     of highest entropy (arXiv 2506.01939)."""
@@ -393,6 +511,11 @@ class CreditConfig:
     chosen."""
     clip_cov_high: float = 5.0
     """tokens=clip-cov: highest covariance of a token that may be chosen."""
+    kl_cov_share: float = 2e-3
+    """tokens=kl-cov: share of the global batch's weighted tokens that are penalised, those of
+    highest covariance of log-prob and advantage (arXiv 2505.22617)."""
+    kl_cov_coefficient: float = 1.0
+    """tokens=kl-cov: their penalty in the loss is this times |log pi - log pi_old|."""
     shaping_alpha: float = 0.4
     """tokens=entropy-advantage: advantage added per nat of a token's entropy (arXiv 2506.14758)."""
     shaping_kappa: float = 2.0
@@ -408,6 +531,12 @@ class CreditConfig:
     resample_rounds: int = 3
     """equal_groups=resample: rounds of further prompts at most; a round draws exactly as many as
     are missing, and a step that is still short after the last one trains on what it has."""
+    kl_reward: float = 0.0
+    """Before advantages, every trajectory's reward falls by this times its KL to the reference
+    policy (model.reference), summed over its trained tokens as the scoring pass saw them; 0: no
+    such penalty. Groups that equal_groups leaves out stay out: it looks at the task's rewards."""
+    kl_reward_estimator: str = "k1"
+    """k1 (the log-ratio), k2 or k3; see rest_mega.losses.kl."""
 
     def __post_init__(self) -> None:
         one_of("credit.preset", self.preset, ("rest", "rest-paper", "rest-code", "uniform"))
@@ -427,10 +556,13 @@ class CreditConfig:
         )
         if self.rule is not None:
             one_of("credit.rule", self.rule, ("one_minus_exp", "entropy"))
-        one_of(
-            "credit.tokens", self.tokens, ("all", "high-entropy", "clip-cov", "entropy-advantage")
-        )
-        for name in ("high_entropy_share", "clip_cov_share"):
+        tokens = ("all", "high-entropy", "clip-cov", "kl-cov", "entropy-advantage")
+        one_of("credit.tokens", self.tokens, tokens)
+        one_of("credit.kl_reward_estimator", self.kl_reward_estimator, KL_ESTIMATORS)
+        for name in ("kl_reward", "kl_cov_coefficient"):
+            value = getattr(self, name)
+            require(value >= 0, f"credit.{name}={value} must not be negative")
+        for name in ("high_entropy_share", "clip_cov_share", "kl_cov_share"):
             share = getattr(self, name)
             require(0 < share <= 1, f"credit.{name}={share} must be in (0, 1]")
         require(
@@ -461,8 +593,8 @@ CORRECTION_BANDS: Mapping[str, tuple[float, float]] = types.MappingProxyType(
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The surrogate, how its tokens are put together, and the correction for the engine's own
-    log-probs."""
+    """The surrogate, how its tokens are put together, the correction for the engine's own
+    log-probs, and the penalties beside the surrogate."""
 
     policy: str = "ppo"
     """ppo (clip; dual clip when dual_clip > 0), gspo (one ratio per trajectory, clipped), cispo
@@ -494,6 +626,15 @@ class LossConfig:
     correction_high: float | None = None
     """Upper end of the band, the cap of tis; null: the correction's own (tis 2, mis 5,
     sequence-mask 1.05)."""
+    kl: float = 0.0
+    """Coefficient of the KL to the reference policy (model.reference), a penalty on every trained
+    token alike, whatever its weight; 0: none."""
+    kl_estimator: str = "k3"
+    """k1, k2 or k3 (GRPO's). As a loss only k2 pulls as KL(policy||reference) does: k1's gradient
+    has mean zero, k3's is that of KL(reference||policy); see rest_mega.losses.kl."""
+    entropy_bonus: float = 0.0
+    """Coefficient of the trained tokens' full-vocabulary entropy (nats, at rollout.temperature),
+    which the loss falls by; every token counts once, whatever its weight."""
     optimizer_steps: int = 1
     """Optimizer steps per rollout batch: whole trajectories are cut into this many parts."""
     scoring: bool = True
@@ -515,6 +656,10 @@ class LossConfig:
         one_of("loss.aggregation", self.aggregation, aggregations)
         require(self.fixed_length >= 1, f"loss.fixed_length={self.fixed_length} must be at least 1")
         self._check_correction()
+        one_of("loss.kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        for name in ("kl", "entropy_bonus"):
+            value = getattr(self, name)
+            require(value >= 0, f"loss.{name}={value} must not be negative")
         require(
             self.optimizer_steps >= 1,
             f"loss.optimizer_steps={self.optimizer_steps} must be at least 1",
@@ -649,6 +794,9 @@ class TelemetryConfig:
     """Write TensorBoard event files into the run directory."""
     trajectories: int = 16
     """Trajectories kept per step for the report."""
+    reference_kl: bool = False
+    """Measure the KL to the reference policy also where no penalty needs it; a forward pass more
+    per step."""
     console: str = "auto"
     """bar: a live progress bar; plain: a line per step; auto: bar on a terminal."""
 
@@ -684,6 +832,11 @@ class LoopConfig:
     """Write checkpoints from a forked child while training goes on; false: training waits."""
     export: bool = True
     """Write the final weights as a Hugging Face checkpoint (RUN/hf)."""
+    export_every: int = 0
+    """Write a Hugging Face checkpoint after every this many steps too (RUN/hf_step_N); 0: none."""
+    max_nonfinite: int = 3
+    """So many steps in a row may have a loss or gradients that are not finite (they are not
+    applied, and their batch is kept in RUN/dumps); one more ends the run with exit code 4."""
     fresh: bool = False
     """Start anew, moving aside what the run directory holds; false: resume."""
 
@@ -694,7 +847,9 @@ class LoopConfig:
             self.until is None or 0 <= self.until <= self.steps,
             f"run.until={self.until} must be between 0 and run.steps={self.steps}",
         )
-        require(self.save_every >= 0, f"run.save_every={self.save_every} must not be negative")
+        for name in ("save_every", "export_every", "max_nonfinite"):
+            every = getattr(self, name)
+            require(every >= 0, f"run.{name}={every} must not be negative")
         require(
             self.keep_checkpoints >= 1,
             f"run.keep_checkpoints={self.keep_checkpoints} must be at least 1",
@@ -789,6 +944,20 @@ class RunConfig:
             "loss.scoring=false leaves out: set loss.scoring=true or credit.tokens=all",
         )
         require(
+            self.loss.scoring or self.credit.kl_reward == 0,
+            f"credit.kl_reward={self.credit.kl_reward} compares the scores of the batch with the "
+            "reference's, and loss.scoring=false leaves them out: set loss.scoring=true or "
+            "credit.kl_reward=0 (loss.kl needs no scores)",
+        )
+        require(
+            self.credit.tokens != "kl-cov"
+            or self.loss.optimizer_steps > 1
+            or self.loss.old_logprobs == "rollout",
+            "credit.tokens=kl-cov penalises what has moved since the scoring pass, and with "
+            "loss.optimizer_steps=1 nothing has: set loss.optimizer_steps above 1, "
+            "loss.old_logprobs=rollout or credit.tokens=all",
+        )
+        require(
             self.optimizer.name != "muon" or self.model.dtype == "fp32",
             f"optimizer.name=muon trains in fp32, not model.dtype={self.model.dtype}: set "
             "model.dtype=fp32 or another optimizer",
@@ -802,6 +971,11 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain nested dictionaries (JSON and YAML can hold it)."""
         return dataclasses.asdict(self)
+
+    @property
+    def needs_reference(self) -> bool:
+        """A penalty or a metric compares the policy with the reference policy."""
+        return self.loss.kl > 0 or self.credit.kl_reward > 0 or self.telemetry.reference_kl
 
     def check_world(self, world_size: int) -> None:
         """Raise ConfigError unless this config can run on `world_size` ranks."""
@@ -842,11 +1016,7 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> object:
         if key not in names:
             raise _unknown(f"{prefix}{key}", [f"{prefix}{n}" for n in names])
         kind = hints[key]
-        values[key] = (
-            _build(kind, value, f"{prefix}{key}.")
-            if dataclasses.is_dataclass(kind)
-            else _coerce(f"{prefix}{key}", value, kind)
-        )
+        values[key] = _coerce(f"{prefix}{key}", value, kind)
     return cls(**values)
 
 
@@ -875,6 +1045,10 @@ def _unknown(key: str, siblings: list[str]) -> ConfigError:
 def _coerce(key: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`; only lossless conversions (YAML's `1e-3` is a string, `2` may be a
     float)."""
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, f"{key}.")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None:

@@ -43,6 +43,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def variable(name: str) -> str | None:
+    """Value of the environment variable that a config names (a secret does not stand in it)."""
+    return os.environ.get(name)
+
+
 def keep_gloo_on_loopback() -> None:
     """Where all ranks are on this machine, gloo listens on loopback and needs no host name."""
     if int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) == world_size():

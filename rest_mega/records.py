@@ -44,8 +44,9 @@ class Prompt:
     """Unique in its file; groups, evaluation rows and reports are named by it."""
     messages: tuple[Message, ...]
     """The conversation up to the first assistant turn."""
-    tools: tuple[Mapping[str, Any], ...] = ()
-    """JSON-schema specs ({"type": "function", "function": {...}}) shown to the model."""
+    tools: tuple[Mapping[str, Any] | str, ...] = ()
+    """What is shown to the model and may be called, as JSON-schema specs ({"type": "function",
+    "function": {...}}) or names; empty: all tools of the environment."""
     environment: str = "none"
     """Name in rest_mega.environments.ENVIRONMENTS: what answers this prompt's tool calls."""
     task: Mapping[str, Any] = field(default_factory=dict)
@@ -66,7 +67,7 @@ class ToolOutcome:
     """What became of one call: `status` is ok, or why the call failed."""
 
     status: str
-    """ok | malformed | unknown_tool | bad_arguments | timeout | error | refused."""
+    """ok, or one of rest_mega.config.FAILURES."""
     content: str
     """What the model is shown, success or failure."""
     seconds: float = 0.0
@@ -120,7 +121,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Sample:
-    """One trajectory as the trainer sees it: no rewards, no environments."""
+    """One trajectory as the trainer sees it: no environments, no parts of its reward."""
 
     ids_T: Ints
     mask_T: Bools
@@ -129,6 +130,10 @@ class Sample:
     logprobs_T: Floats
     """Rollout log-probs, 0 where mask is 0."""
     advantage: float
+    reward: float = 0.0
+    """What the advantage was made of, for penalties that only the trainer knows."""
+    group: int = 0
+    """Which of the replica's groups of siblings it belongs to; all of them are samples."""
 
     @property
     def trained_tokens(self) -> int:
@@ -147,12 +152,14 @@ class Microbatch:
     lengths_S: Ints
     """Tokens of each packed sample (and of trailing padding, if any); sums to T."""
     sample_T: Ints
-    """Index into the step's list of samples of this replica, -1 for padding."""
+    """Index into this replica's samples of the optimizer step, -1 for padding."""
     mask_T: Bools
     """True where the target carries loss; R = mask_T.sum()."""
     regions_T: SmallInts
     """Of the target token."""
     advantages_T: Floats
+    drift_T: Floats
+    """Coefficient on |log pi/pi_old| of the target token in the loss; 0 but for KL-Cov's tokens."""
     logprobs_T: Floats
     """Rollout log-prob of the target token."""
 
@@ -172,6 +179,16 @@ class TrainedRows:
     entropy_R: Floats
     advantages_R: Floats
     weights_R: Floats
+
+
+@dataclass(frozen=True)
+class TokenCredit:
+    """What a token rule makes of single trained tokens."""
+
+    factor_R: Floats
+    """On the token's advantage, at least 0."""
+    drift_R: Floats
+    """Penalty in the loss per nat of |log pi/pi_old|, at least 0."""
 
 
 Total = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]

@@ -121,6 +121,7 @@ def _rollout(s: Session, rounds: Sequence[_Round], step: int) -> Rollout:
         samples = assign(
             kept,
             view.advantages_PG[trained_P],
+            view.rewards_PG[trained_P],
             config.tokenizer.dialect,
             s.inputs.tokenizer.token_bytes,
         )

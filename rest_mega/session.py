@@ -42,6 +42,8 @@ class Inputs:
     architecture: Architecture
     source: Source
     """The weights to start from."""
+    reference: Source | None
+    """Those of the reference policy; None where nothing is compared with it."""
     tokenizer: Tokenizer
     chat: ChatFormat
     rubric: Rubric
@@ -150,10 +152,14 @@ class Session:
         self._saved = (step, self._evaluated)
 
     def save_where_due(self, step: int, **state: Any) -> None:
-        """Save after every `run.save_every` steps and after the last one; once per step."""
+        """Export and save after every `run.export_every` and `run.save_every` steps and after the
+        last one; called once per step."""
         with self.phase("save"):
             self._tell_saved(self.saver.poll())
-        if self._due(self.config.run.save_every, step):
+        run = self.config.run
+        if run.export_every > 0 and step % run.export_every == 0 and step < run.steps:
+            self._export(Path(run.dir) / f"hf_step_{step}")
+        if self._due(run.save_every, step):
             self.save(step, **state)
 
     def keep(self, step: int, **state: Any) -> None:
@@ -187,19 +193,28 @@ class Session:
 
     def finish(self) -> int:
         """Export, report, and the one line that says what came of it; returns the exit code 0."""
-        run_dir, head = Path(self.config.run.dir), self.place.is_head
+        run_dir = Path(self.config.run.dir)
         self._finish_saving()
-        if self.config.run.export and self.place.data_rank == 0:
-            architecture, source = self.inputs.architecture, self.config.model.path
-            tokenizer = self.config.tokenizer.path
-            save_hf(
-                self.exporter, architecture, source, run_dir / "hf", write=head, tokenizer=tokenizer
-            )
-        if head:
+        if self.config.run.export:
+            self._export(run_dir / "hf")
+        if self.place.is_head:
             write_report(run_dir)
             self.reporter.event("done", summary_line(run_dir))
         self.place.barrier()
         return 0
+
+    def _export(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face checkpoint; all ranks together."""
+        inputs, config, head = self.inputs, self.config, self.place.is_head
+        with self.phase("save"):
+            save_hf(
+                self.exporter,
+                inputs.architecture,
+                config.model.path,
+                folder,
+                write=head,
+                tokenizer=config.tokenizer.path,
+            )
 
     def _due(self, every: int, step: int) -> bool:
         return step == self.config.run.last_step or (every > 0 and step > 0 and step % every == 0)

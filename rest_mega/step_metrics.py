@@ -21,7 +21,8 @@ STOPS = ("answered", "turn_limit", "token_limit", "length")
 def report_rows(
     view: RolloutView, tokenizer: Tokenizer, dialect: str, raw_K: Floats, count: int
 ) -> list[dict[str, Any]]:
-    """At most `count` trajectories, whole groups first, as the report shows them."""
+    """At most `count` trajectories, whole groups first, as the report shows them; advantages are
+    the task's, before any credit.kl_reward."""
     flat = [(p, g) for p, group in enumerate(view.groups) for g in range(len(group))][:count]
     return [_row(view, p, g, tokenizer, dialect, raw_K) for p, g in flat]
 

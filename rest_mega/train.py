@@ -3,6 +3,7 @@ publish."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from rest_mega import guard
@@ -10,13 +11,19 @@ from rest_mega.assemble import open_session, read_inputs
 from rest_mega.config import RunConfig
 from rest_mega.credit import weights as credit
 from rest_mega.credit.advantages import token_rule
+from rest_mega.credit.assign import penalised
 from rest_mega.credit.entropy import EntropyTracker
 from rest_mega.data.prompts import PromptStream
 from rest_mega.dialects import Region
 from rest_mega.dump import end_run
-from rest_mega.rollout_step import play_step
+from rest_mega.nonfinite import NONFINITE, NonFinite
+from rest_mega.records import Microbatch
+from rest_mega.rollout_step import Rollout, play_step
 from rest_mega.session import Inputs, Session
 from rest_mega.step_metrics import credit_metrics, report_rows, rollout_metrics, step_metrics
+from rest_mega.trainer.exchange import gather_rewards
+from rest_mega.trainer.parallel import Sums
+from rest_mega.trainer.trainer import Scores
 
 
 def read(config: RunConfig) -> Inputs:
@@ -33,6 +40,10 @@ def run(config: RunConfig, inputs: Inputs) -> int:
         return Loop(session).run()
 
 
+Parts = list[list[Microbatch]]
+Scored = list[list[Scores]]
+
+
 class Loop:
     """The state that a step hands to the next: prompt cursor, region entropies, step."""
 
@@ -41,6 +52,7 @@ class Loop:
         self.s, self.config = session, config
         self.stream = PromptStream(session.inputs.train, config.run.seed)
         self.entropy = EntropyTracker(config.credit.entropy_momentum)
+        self.nonfinite = NonFinite(session)
         self.step = int(resumed.get("step", 0))
         if resumed:
             self.stream.load(resumed["prompts"])
@@ -93,8 +105,9 @@ class Loop:
             [credit.normalise(raw_K, b.regions_T, b.mask_T, b.sample_T) for b in part]
             for part in parts
         ]
+        parts, kl = self._penalise(rollout, parts, scores)
         rule = token_rule(config.credit, step)
-        parts = s.trainer.rows.scale_advantages(parts, scores, weights, rule)
+        parts = s.trainer.rows.credit_tokens(parts, scores, weights, rule)
         with s.phase("train"):
             results = [s.trainer.step(*part) for part in zip(parts, scores, weights, strict=True)]
         seen = s.trainer.rows.region_sums(parts, scores, len(Region))
@@ -102,9 +115,23 @@ class Loop:
         self.entropy.update(seen[0] - scored[0], seen[1] - scored[1])
         pulls = s.trainer.rows.pull_sums(parts, weights, len(Region))
         metrics = step_metrics(results) | credit_metrics(*seen, *pulls, raw_K, running_K)
-        metrics |= s.place.merge(rollout_metrics(rollout.view)) | rollout.counts | watched
+        metrics |= s.place.merge({**rollout_metrics(rollout.view), **kl}) | rollout.counts | watched
         self.step = step
         tokenizer, shown = s.inputs.tokenizer, config.telemetry.trajectories
         rows = report_rows(rollout.view, tokenizer, config.tokenizer.dialect, raw_K, shown)
         s.reporter.step(step, metrics, rows)
+        if self.nonfinite.too_many(step, rollout, parts, scores, results):
+            s.keep(step, **self._state())
+            return NONFINITE
         return None
+
+    def _penalise(self, rollout: Rollout, parts: Parts, scores: Scored) -> tuple[Parts, Sums]:
+        """(the parts with advantages of rewards less credit.kl_reward times KL, that KL)."""
+        s, config, count = self.s, self.config.credit, len(rollout.samples)
+        if not config.kl_reward:
+            return parts, {}
+        kl_S = s.trainer.rows.kl_of_samples(parts, scores, config.kl_reward_estimator, count)
+        everywhere = functools.partial(gather_rewards, s.place)
+        advantage_S = penalised(rollout.samples, config.kl_reward * kl_S, config, everywhere)
+        sums = {"reward/kl": (float(kl_S.sum()), float(count))} if s.place.is_lead else {}
+        return s.trainer.rows.with_advantages(parts, advantage_S), sums

@@ -10,14 +10,17 @@ The global batch of REINFORCE++ is the groups that are trained on, over all repl
 `credit.equal_groups` leaves out is not in it, so that the advantages of what remains have a std of
 one however many groups were without signal.
 
-A token rule is a factor >= 0 on each token's advantage. The surrogates are positively homogeneous
-in the advantage, so the factor scales the token's loss and leaves its clipping and the global
-denominator alone: a token of factor 0 still counts in the mean, as in the sources. Sources:
+A token rule gives a factor >= 0 on each token's advantage and a penalty >= 0 on how far the token's
+log-prob drifts. The surrogates are positively homogeneous in the advantage, so the factor scales
+the token's loss and leaves its clipping and the global denominator alone: a token of factor 0 still
+counts in the mean, as in the sources. Sources:
 
 - high-entropy: only the share of tokens with the highest entropy carries gradient ("Beyond the
   80/20 rule", arXiv 2506.01939);
 - clip-cov: a few random tokens whose (log-prob - mean) x (advantage - mean) is high carry none
-  (arXiv 2505.22617). Its KL-Cov penalises the current log-prob and is no factor;
+  (arXiv 2505.22617);
+- kl-cov: the share of tokens for which that product is highest is penalised in the loss by a
+  coefficient x |log pi - log pi_old| (the same paper, whose own code clips no ratio beside it);
 - entropy-advantage: A + min(alpha H, |A| / kappa) (arXiv 2506.14758).
 
 The rules look at the whole batch of a rollout, under the parameters that the scoring pass saw, also
@@ -33,17 +36,19 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from rest_mega.config import CreditConfig, one_of, require
 from rest_mega.credit.ranking import Keys, kth_largest, ordered
-from rest_mega.records import Bools, Floats, Reals, Total, TrainedRows
+from rest_mega.records import Bools, Floats, Reals, TokenCredit, Total, TrainedRows
 
 Doubles = npt.NDArray[np.float64]
-TokenRule = Callable[[TrainedRows, Total], Floats]
-"""(the rows of this rank, sum over all ranks) -> factor_R on their advantages."""
+TokenRule = Callable[[TrainedRows, Total], TokenCredit]
+"""(the rows of this rank, sum over all ranks) -> what each of them is due."""
+_Rule = Callable[[CreditConfig, int, TrainedRows, Total], TokenCredit]
 
 
 def advantages(rewards_PG: Reals, method: str, batch_PG: Reals | None = None) -> Floats:
@@ -163,50 +168,74 @@ def token_rule(config: CreditConfig, step: int) -> TokenRule:
     return functools.partial(TOKENS[config.tokens], config, step)
 
 
-def _all(config: CreditConfig, step: int, rows: TrainedRows, total: Total) -> Floats:
-    return np.ones(len(rows.advantages_R), dtype=np.float32)
+def _factors(factor_R: npt.NDArray[Any]) -> TokenCredit:
+    return TokenCredit(factor_R.astype(np.float32), np.zeros(len(factor_R), dtype=np.float32))
 
 
-def _high_entropy(config: CreditConfig, step: int, rows: TrainedRows, total: Total) -> Floats:
+def _all(config: CreditConfig, step: int, rows: TrainedRows, total: Total) -> TokenCredit:
+    return _factors(np.ones(len(rows.advantages_R)))
+
+
+def _high_entropy(config: CreditConfig, step: int, rows: TrainedRows, total: Total) -> TokenCredit:
     """1 for the tokens of highest entropy (and all that equal the last of them), else 0."""
     weighted_R = rows.weights_R > 0
     count = float(total(np.array([weighted_R.sum()], dtype=np.float64))[0])
     keys_R = ordered(rows.entropy_R)
     least = kth_largest(keys_R[weighted_R], max(1, round(config.high_entropy_share * count)), total)
-    return (keys_R >= least).astype(np.float32)
+    return _factors(keys_R >= least)
 
 
-def _clip_cov(config: CreditConfig, step: int, rows: TrainedRows, total: Total) -> Floats:
+def _clip_cov(config: CreditConfig, step: int, rows: TrainedRows, total: Total) -> TokenCredit:
     """0 for tokens drawn among those whose covariance lies in the range, else 1."""
+    covariance_R, count = _covariance(rows, total)
+    inside_R = (covariance_R >= config.clip_cov_low) & (covariance_R <= config.clip_cov_high)
+    inside_R &= rows.weights_R > 0
+    lots_R = lots(rows, step)
+    least = kth_largest(lots_R[inside_R], max(1, round(config.clip_cov_share * count)), total)
+    return _factors(~(inside_R & (lots_R >= least)))
+
+
+def _kl_cov(config: CreditConfig, step: int, rows: TrainedRows, total: Total) -> TokenCredit:
+    """The coefficient for the tokens of highest covariance (and all that equal the last of them),
+    else 0; advantages stay."""
+    covariance_R, count = _covariance(rows, total)
+    keys_R, weighted_R = ordered(covariance_R.astype(np.float32)), rows.weights_R > 0
+    least = kth_largest(keys_R[weighted_R], max(1, round(config.kl_cov_share * count)), total)
+    drift_R = np.where(weighted_R & (keys_R >= least), config.kl_cov_coefficient, 0.0)
+    return TokenCredit(np.ones(len(drift_R), dtype=np.float32), drift_R.astype(np.float32))
+
+
+def _covariance(rows: TrainedRows, total: Total) -> tuple[Doubles, float]:
+    """((log-prob - mean) x (advantage - mean) of every row, number of weighted tokens); means over
+    the weighted tokens of all ranks."""
     weighted_R = rows.weights_R > 0
     columns = (np.ones(len(weighted_R)), rows.logprob_R, rows.advantages_R)
     sums = total(np.array([c[weighted_R].sum(dtype=np.float64) for c in columns]))
     count, means = sums[0], sums[1:] / max(sums[0], 1.0)
     covariance_R = (rows.logprob_R - means[0]) * (rows.advantages_R - means[1])
-    inside_R = (covariance_R >= config.clip_cov_low) & (covariance_R <= config.clip_cov_high)
-    inside_R &= weighted_R
-    lots_R = lots(rows, step)
-    least = kth_largest(lots_R[inside_R], max(1, round(config.clip_cov_share * count)), total)
-    return np.where(inside_R & (lots_R >= least), 0.0, 1.0).astype(np.float32)
+    return covariance_R, float(count)
 
 
-def _entropy_advantage(config: CreditConfig, step: int, rows: TrainedRows, total: Total) -> Floats:
+def _entropy_advantage(
+    config: CreditConfig, step: int, rows: TrainedRows, total: Total
+) -> TokenCredit:
     """(A + min(alpha H, |A| / kappa)) / A; 1 where A is 0."""
     a_R = rows.advantages_R
     added_R = np.minimum(config.shaping_alpha * rows.entropy_R, np.abs(a_R) / config.shaping_kappa)
     ratio_R = np.divide(added_R, a_R, out=np.zeros_like(a_R), where=a_R != 0)
-    return np.asarray(1.0 + ratio_R, dtype=np.float32)
+    return _factors(1.0 + ratio_R)
 
 
-TOKENS: Mapping[str, Callable[[CreditConfig, int, TrainedRows, Total], Floats]] = MappingProxyType(
+TOKENS: Mapping[str, _Rule] = MappingProxyType(
     {
         "all": _all,
         "high-entropy": _high_entropy,
         "clip-cov": _clip_cov,
+        "kl-cov": _kl_cov,
         "entropy-advantage": _entropy_advantage,
     }
 )
-"""Name -> factor_R of the rows' advantages; composes with every preset of weights."""
+"""Name -> what becomes of the rows; composes with every preset of weights."""
 
 
 def lots(rows: TrainedRows, step: int) -> Keys:

@@ -46,16 +46,16 @@ class ChatFormat:
             not tools or self._shows_tools,
             f"the chat template ignores `tools`: the model is not told; {REMEDY}",
         )
-        return self.tokenizer.encode(self._render(messages, tools, header=True))
+        return self.tokenizer.encode(self.render(messages, tools, header=True))
 
     def tool_result_ids(self, results: Sequence[tuple[str, str]]) -> list[int]:
         """Ids between an assistant turn's end-of-turn token and the next assistant turn's first
         token.
 
-        `results`: (tool name, content) of every call, in order. Raises ConfigError where the
-        template has no tool role.
+        `results`: (tool name, content) of every call, in order; control tokens written in a content
+        are broken up. Raises ConfigError where the template has no tool role.
         """
-        return self._delta([_tool_message(name, content) for name, content in results])
+        return self._delta([tool_message(name, content) for name, content in results])
 
     def dialogue_ids(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
@@ -73,14 +73,18 @@ class ChatFormat:
         mask = [False] * len(ids)
         for turn, previous in zip(turns, [None, *turns], strict=False):
             between = [] if previous is None else self._delta(messages[previous + 1 : turn])
-            reply = [*self._after_end(self._reply_text(messages[turn])), self._end_id]
+            reply = [*self._after_end(self.reply_text(messages[turn])), self._end_id]
             ids += between + reply
             mask += [False] * len(between) + [True] * len(reply)
         return ids, mask
 
-    def _render(
+    def render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, header: bool
     ) -> str:
+        """The template's text of a conversation; `header`: and of the next assistant turn's begin.
+
+        Raises ConfigError where the template refuses the messages.
+        """
         from jinja2 import TemplateError
         from transformers.utils import chat_template_utils
 
@@ -108,7 +112,7 @@ class ChatFormat:
     def _after_reply(self, messages: Sequence[Message], *, header: bool, **reply: Any) -> str:
         """What the template writes after the text of a reply that `messages` follow."""
         dummy = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY, **reply}]
-        _, found, rest = self._render([*dummy, *messages], header=header).partition(REPLY)
+        _, found, rest = self.render([*dummy, *messages], header=header).partition(REPLY)
         require(bool(found), f"the chat template drops the text of an assistant turn; {REMEDY}")
         return rest
 
@@ -118,13 +122,23 @@ class ChatFormat:
             not tools or self._shows_results,
             f"the chat template does not write tool results; {REMEDY}",
         )
-        rest = self._after_reply(messages, header=True)
+        rest = self._after_reply([self._as_plain(m) for m in messages], header=True)
         require(
             rest.startswith(self._end_text),
             f"after a reply amid a dialogue the chat template writes {rest[:20]!r}, not "
             f"{self._end_text!r}; {REMEDY}",
         )
         return self._after_end(rest[len(self._end_text) :])
+
+    def _as_plain(self, message: Message) -> Message:
+        """A tool's message whose text cannot end its turn or open another: control tokens written
+        in it are broken up by a space."""
+        if message["role"] != "tool":
+            return message
+        content = str(message.get("content") or "")
+        for text in self.tokenizer.control_texts:
+            content = content.replace(text, f"{text[:1]} {text[1:]}")
+        return {**message, "content": content}
 
     def _after_end(self, text: str) -> list[int]:
         """Ids of `text` where it follows an end-of-turn token: tokenizers treat the start of a text
@@ -133,15 +147,34 @@ class ChatFormat:
         assert ids[0] == self._end_id, (ids[0], self._end_id)
         return ids[1:]
 
-    def _reply_text(self, message: Message) -> str:
-        """The reply's raw text: its content, then its structured calls as the template writes
-        them."""
-        content = str(message.get("content") or "")
-        if not message.get("tool_calls"):
+    def reply_text(self, message: Message) -> str:
+        """The reply's raw text: its content, then its structured calls as the template writes them.
+
+        Raises ConfigError where the template has no way of writing both.
+        """
+        content, calls = str(message.get("content") or ""), message.get("tool_calls")
+        if not calls:
             return content
-        rest = self._after_reply((), header=False, tool_calls=message["tool_calls"])
-        calls = rest[: rest.rindex(self._end_text)]
-        return content + calls if content else calls.lstrip()
+        user: Message = {"role": "user", "content": "?"}
+        reply = {"role": "assistant", "content": REPLY, "tool_calls": calls}
+        whole = self.render([user, reply], header=False)
+        name = str(calls[0].get("function", calls[0]).get("name"))
+        require(name in whole, f"the chat template does not write the calls of a turn; {REMEDY}")
+        if REPLY in whole:
+            rest = self._after_reply((), header=False, tool_calls=calls)
+            text = rest[: rest.rindex(self._end_text)]
+            return content + text if content else text.lstrip()
+        # Llama 3, Hermes 2 and Mistral write the calls instead of the content.
+        require(
+            not content, f"the chat template drops the text of a turn that calls tools; {REMEDY}"
+        )
+        before = self.render([user], header=True)
+        whole = self.render([user, {**reply, "content": ""}], header=False)
+        require(
+            whole.startswith(before),
+            f"a turn that calls tools does not begin with the generation prompt; {REMEDY}",
+        )
+        return whole[len(before) : whole.rindex(self._end_text)]
 
     @cached_property
     def _end_id(self) -> int:
@@ -168,14 +201,15 @@ class ChatFormat:
             "type": "function",
             "function": {"name": RESULT, "description": "", "parameters": {}},
         }
-        return RESULT in self._render([{"role": "user", "content": "?"}], [tool], header=True)
+        return RESULT in self.render([{"role": "user", "content": "?"}], [tool], header=True)
 
     @cached_property
     def _shows_results(self) -> bool:
-        return RESULT in self._after_reply([_tool_message("tool", RESULT)], header=True)
+        return RESULT in self._after_reply([tool_message("tool", RESULT)], header=True)
 
 
-def _tool_message(name: str, content: str) -> Message:
+def tool_message(name: str, content: str) -> Message:
+    """A tool's result as templates of every family take it."""
     # Mistral's templates demand an id of nine letters and digits.
     return {"role": "tool", "name": name, "tool_call_id": "call00000", "content": content}
 

@@ -2,7 +2,8 @@
 
 Two forms of rows, told apart by their columns, in .jsonl, .json (one list) or .parquet files:
 
-    ours     {"id", "messages", "tools"?, "environment"?, "task"?}
+    ours     {"id", "messages", "tools"?, "environment"?, "task"?}; tools are whole specs,
+             or names of tools that the environment or the config has
     ToolRL   {"prompt", "reward_model": {"ground_truth"}, ...}; environment "none", the gold reply
     parsed into `task`
 
@@ -12,8 +13,6 @@ The first bad row ends the reading with ConfigError "path:line: value, rule, rem
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from rest_mega import dialects
-from rest_mega.config import ConfigError, one_of, require
+from rest_mega.config import require
+from rest_mega.data.rows import RowError, expect, known_keys, read_rows
 from rest_mega.records import Message, Prompt
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -94,11 +94,8 @@ def load_prompts(path: str | Path, system: str = "") -> list[Prompt]:
     """
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
-    for number, (place, row) in enumerate(_rows(Path(path)), start=1):
-        toolrl = row.keys() >= TOOLRL_KEYS
-        prompt = _with_system(
-            _toolrl_prompt(place, row, number) if toolrl else _prompt(place, row), system
-        )
+    for number, (place, row) in enumerate(_objects(Path(path)), start=1):
+        prompt = with_system(prompt_of(place, row, str(number)), system)
         require(
             prompt.id not in places,
             f"{place}: id={prompt.id!r} was used at {places.get(prompt.id)}; give every prompt "
@@ -112,136 +109,75 @@ def load_prompts(path: str | Path, system: str = "") -> list[Prompt]:
 def load_dialogues(path: str | Path) -> list[Dialogue]:
     """Every dialogue {"messages", "tools"?} of a file, in its order; errors as in
     `load_prompts`."""
-    return [_dialogue(place, row) for place, row in _rows(Path(path))]
+    return [_dialogue(place, row) for place, row in _objects(Path(path))]
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, row) of every row; an empty file is an error."""
-    require(
-        path.is_file(),
-        f"{str(path)!r} is not a file; give a .jsonl, .json or .parquet file of rows",
-    )
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
-    one_of(f"{path}: suffix", path.suffix, readers)
+def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, fields) of every row; an empty file is an error."""
     found = False
-    for place, row in readers[path.suffix](path):
-        _expect(isinstance(row, dict), place, "row", row, "an object with named keys")
+    for row in read_rows(path):
+        yield row.place, row.fields()
         found = True
-        yield place, row
     require(found, f"{path} holds no row; give a file with at least one")
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}:{number}", _json(line, f"{path}:{number}")
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    rows = _json(path.read_text(encoding="utf-8"), str(path))
-    _expect(
-        isinstance(rows, list),
-        str(path),
-        "content",
-        rows,
-        "one list of rows; rename a file of lines to .jsonl",
-    )
-    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        batches = ParquetFile(path).iter_batches()
-    except ArrowInvalid as error:
-        raise ConfigError(f"{path} is not a Parquet file ({error}); write it anew") from error
-    rows = (row for batch in batches for row in batch.to_pylist())
-    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = (
-            f"column {error.colno}"
-            if error.lineno == 1
-            else f"line {error.lineno}, column {error.colno}"
-        )
-        raise ConfigError(
-            f"{place}: not valid JSON at {where}: {error.msg}; mend or remove it"
-        ) from error
-
-
-def _expect(condition: bool, place: str, key: str, value: object, rule: str) -> None:
-    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-    require(condition, f"{place}: {key}={shown} must be {rule}")
-
-
-def _known_keys(place: str, row: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in row:
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        toolrl = (
-            " (a ToolRL row has both `prompt` and `reward_model`)" if key in TOOLRL_KEYS else ""
-        )
-        require(key in known, f"{place}: unknown key {key!r}; {hint}{toolrl}")
+def prompt_of(place: str, row: Mapping[str, Any], name: str) -> Prompt:
+    """A row of either form as a Prompt; `name` is the end of its id where a ToolRL row has no
+    index of its own. RowError for a bad row."""
+    return _toolrl_prompt(place, row, name) if row.keys() >= TOOLRL_KEYS else _prompt(place, row)
 
 
 def _prompt(place: str, row: Mapping[str, Any]) -> Prompt:
-    _known_keys(place, row, PROMPT_KEYS)
+    both = " (a ToolRL row has both `prompt` and `reward_model`)" if TOOLRL_KEYS & {*row} else ""
+    known_keys(place, row, PROMPT_KEYS, both)
     name, environment, task = row.get("id"), row.get("environment", "none"), row.get("task", {})
-    _expect(
+    expect(
         isinstance(name, str) and bool(name),
         place,
         "id",
         name,
         'a string that is not empty, such as "train-17"',
     )
-    _expect(
+    expect(
         isinstance(environment, str),
         place,
         "environment",
         environment,
         "the name of a registered environment",
     )
-    _expect(
+    expect(
         isinstance(task, dict), place, "task", task, "an object for the environment and the rewards"
     )
     return Prompt(
         id=str(name),
-        messages=_messages(place, "messages", row.get("messages"), last=("user", "tool")),
-        tools=_tools(place, row.get("tools", [])),
+        messages=messages_of(place, "messages", row.get("messages"), last=("user", "tool")),
+        tools=_tools(place, row.get("tools", []), names=True),
         environment=environment,
         task=task,
     )
 
 
 def _dialogue(place: str, row: Mapping[str, Any]) -> Dialogue:
-    _known_keys(place, row, DIALOGUE_KEYS)
-    messages = _messages(place, "messages", row.get("messages"), last=("assistant",))
+    known_keys(place, row, DIALOGUE_KEYS)
+    messages = messages_of(place, "messages", row.get("messages"), last=("assistant",))
     return messages, _tools(place, row.get("tools", []))
 
 
-def _messages(place: str, key: str, messages: object, last: Sequence[str]) -> tuple[Message, ...]:
+def messages_of(place: str, key: str, messages: object, last: Sequence[str]) -> tuple[Message, ...]:
     """`messages` as checked OpenAI chat messages, the last of which has one of the roles `last`."""
+    rule = 'a list of {"role", "content"} that is not empty'
     if not isinstance(messages, list) or not messages:
-        raise ConfigError(
-            f'{place}: {key}={messages!r} must be a list of {{"role", "content"}} that is not empty'
-        )
+        raise RowError(place, f"{key}={messages!r} must be {rule}", f"{key} must be {rule}")
     for number, message in enumerate(messages):
         name = f"{key}[{number}]"
-        _expect(isinstance(message, dict), place, name, message, 'an object {"role", "content"}')
+        expect(isinstance(message, dict), place, name, message, 'an object {"role", "content"}')
         role, content = message.get("role"), message.get("content")
-        _expect(role in ROLES, place, f"{name}.role", role, f"one of {', '.join(ROLES)}")
+        expect(role in ROLES, place, f"{name}.role", role, f"one of {', '.join(ROLES)}")
         only_calls = content is None and bool(message.get("tool_calls"))
-        _expect(
+        expect(
             isinstance(content, str) or only_calls, place, f"{name}.content", content, "a string"
         )
-        _expect(
+        expect(
             role != "system" or number == 0,
             place,
             f"{name}.role",
@@ -249,24 +185,26 @@ def _messages(place: str, key: str, messages: object, last: Sequence[str]) -> tu
             "the first message, if any",
         )
     role = messages[-1]["role"]
-    _expect(
-        role in last, place, f"{key}[-1].role", role, f"{' or '.join(last)}, being the last one"
-    )
+    expect(role in last, place, f"{key}[-1].role", role, f"{' or '.join(last)}, being the last one")
     return tuple(messages)
 
 
-def _tools(place: str, tools: object) -> tuple[Mapping[str, Any], ...]:
-    if not isinstance(tools, list):
-        raise ConfigError(f"{place}: tools={tools!r} must be a list of function specs")
+def _tools(place: str, tools: object, *, names: bool = False) -> tuple[Any, ...]:
+    """Function specs, and with `names` also names of tools that the environment or the config
+    has."""
+    expect(isinstance(tools, list), place, "tools", tools, "a list of function specs")
+    assert isinstance(tools, list), tools
     for number, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
         named = isinstance(function, dict) and isinstance(function.get("name"), str)
         rule = '{"type": "function", "function": {"name", "description", "parameters"}}'
-        _expect(named, place, f"tools[{number}]", tool, rule)
+        allowed = named or (names and isinstance(tool, str) and bool(tool))
+        expect(allowed, place, f"tools[{number}]", tool, rule + " or a name" * names)
     return tuple(tools)
 
 
-def _with_system(prompt: Prompt, system: str) -> Prompt:
+def with_system(prompt: Prompt, system: str) -> Prompt:
+    """The prompt with a system message before it, unless it carries one or `system` is empty."""
     if not system or prompt.messages[0]["role"] == "system":
         return prompt
     first: Message = {"role": "system", "content": system}
@@ -275,12 +213,13 @@ def _with_system(prompt: Prompt, system: str) -> Prompt:
     )
 
 
-def _toolrl_prompt(place: str, row: Mapping[str, Any], number: int) -> Prompt:
+def _toolrl_prompt(place: str, row: Mapping[str, Any], name: str) -> Prompt:
     """ToolRL's columns: data_source, prompt, ability, reward_model, extra_info (arXiv 2504.13958,
     rlla_4k)."""
     reward, extra = row["reward_model"], row.get("extra_info") or {}
+    expect(isinstance(extra, dict), place, "extra_info", extra, "an object or absent")
     gold = reward.get("ground_truth") if isinstance(reward, dict) else None
-    _expect(
+    expect(
         isinstance(gold, str),
         place,
         "reward_model.ground_truth",
@@ -289,20 +228,22 @@ def _toolrl_prompt(place: str, row: Mapping[str, Any], number: int) -> Prompt:
     )
     source, split = row.get("data_source", "toolrl"), extra.get("split", "row")
     return Prompt(
-        id=f"{source}-{split}-{extra.get('index', number)}",
-        messages=_messages(place, "prompt", row["prompt"], last=("user", "tool")),
-        task=_toolrl_task(place, str(gold)),
+        id=f"{source}-{split}-{extra.get('index', name)}",
+        messages=messages_of(place, "prompt", row["prompt"], last=("user", "tool")),
+        task=toolrl_task(place, str(gold)),
     )
 
 
-def _toolrl_task(place: str, gold: str) -> dict[str, Any]:
+def toolrl_task(place: str, gold: str, key: str = "reward_model.ground_truth") -> dict[str, Any]:
+    """What the rewards read of a gold reply in ToolRL's format, which stands in the row's `key`."""
     reply = dialects.parse(gold.encode(), "toolrl")
-    _expect(
+    expect(
         reply.well_formed,
         place,
-        "reward_model.ground_truth",
+        key,
         gold,
-        f"a reply in ToolRL's format ({reply.error})",
+        "a reply in ToolRL's format",
+        reply.error,
     )
     calls = [{"name": call.name, "arguments": dict(call.arguments)} for call in reply.calls]
     return {

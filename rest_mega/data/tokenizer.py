@@ -56,6 +56,10 @@ class Tokenizer(Protocol):
         """bos_token, eos_token, pad_token, unk_token -> text, as far as they exist; templates use
         them."""
 
+    @property
+    def control_texts(self) -> tuple[str, ...]:
+        """Special tokens that `encode` recognises where they are written in a text."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; adds nothing, and recognises special tokens written in the text."""
 
@@ -79,6 +83,7 @@ class LoadedTokenizer:
     end_of_turn_ids: tuple[int, ...]
     chat_template: str = field(repr=False)
     special_tokens: Mapping[str, str]
+    control_texts: tuple[str, ...] = field(repr=False)
     table: Sequence[bytes] = field(repr=False)
     """Bytes of every id."""
     encoder: Callable[[str], list[int]] = field(repr=False)
@@ -133,6 +138,7 @@ def load_tokenizer(path: str | Path, chat_template: str = "") -> Tokenizer:
         end_of_turn_ids=ends,
         chat_template=_template(chat_template, file.parent, config),
         special_tokens=named,
+        control_texts=tuple(vocabulary.ids),
         table=vocabulary.table,
         encoder=vocabulary.encoder,
     )

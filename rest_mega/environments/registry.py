@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from rest_mega.config import ConfigError, one_of, require
-from rest_mega.environments.tools import ToolEnvironment
+from rest_mega.environments.tools import ToolEnvironment, Traits
 from rest_mega.records import ToolCall
 
 
@@ -26,6 +26,11 @@ class Environment(Protocol):
         """OpenAI function specs of the tools; arguments are checked against them before `call`."""
         ...
 
+    @property
+    def traits(self) -> Mapping[str, Traits]:
+        """How each tool may be run, by its name."""
+        ...
+
     def call(self, call: ToolCall) -> str:
         """The tool's output; an exception becomes an outcome that the model sees."""
         ...
@@ -35,10 +40,23 @@ class Environment(Protocol):
         ...
 
 
-ENVIRONMENTS: dict[str, Callable[[Mapping[str, Any]], Environment]] = {"none": ToolEnvironment}
-"""Name -> class, called with the task of a prompt. "none" has no tools and does not judge."""
+DECLARED = "tools"
+
+ENVIRONMENTS: dict[str, Callable[[Mapping[str, Any]], Environment]] = {
+    "none": ToolEnvironment,
+    DECLARED: ToolEnvironment,
+    "bfcl": lambda task: _bfcl(task),
+}
+"""Name -> class, called with the task of a prompt. "none" answers no call, "tools" has the tools
+that the config declares; neither judges."""
 
 C = TypeVar("C", bound=Callable[[Mapping[str, Any]], Environment])
+
+
+def _bfcl(task: Mapping[str, Any]) -> Environment:
+    from rest_mega.environments.bfcl import BfclEnvironment
+
+    return BfclEnvironment(task)
 
 
 def environment(name: str) -> Callable[[C], C]:

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rest_mega.config import ConfigError, require
+from rest_mega.config import ConfigError, one_of, require
 
 Spec = dict[str, Any]
 
@@ -92,6 +92,30 @@ def type_schema(kind: Any, where: str) -> Spec:
     raise ConfigError(
         f"{where} has type {kind!r}; use int, float, str, bool, list, dict, Literal or T | None"
     )
+
+
+def check_parameters(parameters: Any, where: str) -> Spec:
+    """A tool's parameters as an object schema; ConfigError where `mismatch` could not check
+    arguments against them."""
+    require(
+        isinstance(parameters, Mapping) and parameters.get("type", "object") == "object",
+        f'{where}={parameters!r} must be a JSON schema of type object, such as {{"type": "object", '
+        '"properties": {"city": {"type": "string"}}, "required": ["city"]}',
+    )
+    _check_types(parameters, where)
+    return {"properties": {}, "required": [], **parameters, "type": "object"}
+
+
+def _check_types(schema: Any, where: str) -> None:
+    """Every type that is met on the way of `mismatch` is one of JSON's."""
+    require(isinstance(schema, Mapping), f"{where}={schema!r} must be a schema: a mapping")
+    kinds = schema.get("type", [])
+    for kind in [kinds] if isinstance(kinds, str) else kinds:
+        one_of(f"{where}.type", kind, _CHECKS)
+    for name, below in schema.get("properties", {}).items():
+        _check_types(below, f"{where}.{name}")
+    for below in [*schema.get("anyOf", []), *([schema["items"]] if "items" in schema else [])]:
+        _check_types(below, where)
 
 
 def mismatch(value: Any, schema: Mapping[str, Any], path: str = "") -> str:

@@ -1,5 +1,5 @@
-"""One micro-batch -> (loss, sums with counts, maxima): the weighted surrogate over the global
-denominator.
+"""One micro-batch -> (loss, sums with counts, maxima): the weighted surrogate and the penalties,
+each over its global denominator.
 
 L = sum_t w_t f_t l_t / D over the whole batch of all replicas, with w_t the token's weight (times
 its correction), T_i the trained tokens of its sequence, S the sequences that have any:
@@ -12,17 +12,23 @@ its correction), T_i the trained tokens of its sequence, S the sequences that ha
 
 D and f_t are known before the first forward, so the gradient does not depend on how the batch was
 cut into micro-batches or replicas. D is of the uncorrected weights: a masked token counts as a 0.
+
+Penalties p_t (KL to a reference, entropy, KL-Cov) are no credit: they bind the policy on every
+trained token alike. So they are added as sum_t f_t p_t / D_1, with D_1 the same aggregation's D at
+weights of one (weighted-token-mean: sum_i T_i), and neither weights nor corrections touch them.
+Under weights of one this is the usual sum_t f_t (l_t + p_t) / D.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from rest_mega.config import LossConfig
+from rest_mega.losses.kl import kl
 from rest_mega.losses.policy import SURROGATES, Sequences, log_ratio
 from rest_mega.records import Bools, Floats, Ints
 
@@ -30,6 +36,9 @@ Report = dict[str, torch.Tensor]
 
 POLICY_SUMS = ("surrogate", "clip_fraction", "ratio", "approx_kl", "entropy")
 """Names in the sums of `policy_objective`; each is a tensor [total, count] over trained rows."""
+REFERENCE_SUMS = ("reference_kl",)
+"""Names in the sums of `penalty_objective` where there is a reference: k3, which is never negative,
+whichever the loss takes."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,13 @@ AGGREGATIONS: dict[str, Callable[[Totals, LossConfig], float]] = {
     "fixed": lambda totals, config: totals.sequences * config.fixed_length,
 }
 """Name -> D of the global batch."""
+
+
+def denominators(totals: Totals, config: LossConfig) -> tuple[float, float]:
+    """(D of the weighted surrogate, D_1 of the penalties) of a global batch that has a trained
+    token; D is 1 where no token has a weight, and the surrogate 0."""
+    of = AGGREGATIONS[config.aggregation]
+    return of(totals, config) or 1.0, of(replace(totals, weights=totals.tokens), config)
 
 
 def token_factors(
@@ -92,6 +108,37 @@ def policy_objective(
         values = (loss_R, clipped_R, log_ratio_R.exp(), -log_ratio_R, entropy_R)
         sums = {name: _sum_count(value) for name, value in zip(POLICY_SUMS, values, strict=True)}
     return loss, sums, {}
+
+
+def penalty_objective(
+    logprob_R: torch.Tensor,
+    entropy_R: torch.Tensor,
+    old_logprob_R: torch.Tensor,
+    reference_R: torch.Tensor | None,
+    drift_R: torch.Tensor,
+    shares_R: torch.Tensor,
+    config: LossConfig,
+    denominator: float,
+) -> tuple[torch.Tensor, Report]:
+    """(penalties, sums) of one micro-batch over the global denominator D_1:
+
+    p_t = kl k_t(pi, reference) - entropy_bonus H_t + drift_t |log pi/pi_old|
+
+    Args:
+        reference_R: log-probs of the reference policy; None: there is none.
+        drift_R: KL-Cov's coefficient of each row (credit.tokens=kl-cov), 0 for most.
+        shares_R: f_t.
+    """
+    assert reference_R is not None or not config.kl, "loss.kl needs log-probs of the reference"
+    penalty_R = drift_R * log_ratio(logprob_R, old_logprob_R).abs()
+    if config.entropy_bonus:
+        penalty_R = penalty_R - config.entropy_bonus * entropy_R
+    if reference_R is None:
+        return (shares_R * penalty_R).sum() / denominator, {}
+    if config.kl:
+        penalty_R = penalty_R + config.kl * kl(config.kl_estimator, logprob_R, reference_R)
+    measured = _sum_count(kl("k3", logprob_R.detach(), reference_R))
+    return (shares_R * penalty_R).sum() / denominator, {REFERENCE_SUMS[0]: measured}
 
 
 def supervised_objective(

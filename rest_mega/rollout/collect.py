@@ -3,6 +3,7 @@ trajectories."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from rest_mega.config import ConfigError, EnvironmentConfig, RolloutConfig
 from rest_mega.data.chat import ChatFormat
 from rest_mega.data.tokenizer import Tokenizer
 from rest_mega.dialects import Reply, parse
-from rest_mega.environments import Environment, answer_calls, make_environment
+from rest_mega.environments import EpisodeTools, ToolRuntime
 from rest_mega.records import Prompt, Trajectory, Turn
 from rest_mega.rollout.engine import Completion, Engine, Request, Sampling, seed_of
 from rest_mega.rollout.ledger import Ledger
@@ -22,7 +23,7 @@ class _Episode:
 
     prompt: Prompt
     sibling: int
-    environment: Environment
+    tools: EpisodeTools
     ledger: Ledger
     turns: list[Turn] = field(default_factory=list)
     answer: str = ""
@@ -35,17 +36,26 @@ def turn_seed(seed: object, prompt: str, sibling: int, turn: int) -> int:
     return seed_of(seed, prompt, sibling, turn)
 
 
-def check_prompts(prompts: Sequence[Prompt], chat: ChatFormat, max_tokens: int) -> None:
-    """ConfigError when a prompt's environment is unknown or refuses its task, or when the prompt
-    leaves no room to reply."""
-    for prompt in prompts:
-        _prompt_ids(prompt, _world(prompt), chat, max_tokens)
-
-
-def _world(prompt: Prompt) -> Environment:
-    """A fresh environment for one episode of the prompt."""
+def check_prompts(
+    prompts: Sequence[Prompt],
+    chat: ChatFormat,
+    max_tokens: int,
+    limits: EnvironmentConfig | None = None,
+) -> None:
+    """ConfigError when a prompt's environment is unknown or refuses its task, when one of its tools
+    is unknown, or when the prompt leaves no room to reply. `limits` declares tools."""
+    runtime = ToolRuntime(limits or EnvironmentConfig(), chat.tokenizer)
     try:
-        return make_environment(prompt.environment, prompt.task)
+        for prompt in prompts:
+            _prompt_ids(prompt, _open_tools(runtime, prompt), chat, max_tokens)
+    finally:
+        runtime.close()
+
+
+def _open_tools(runtime: ToolRuntime, prompt: Prompt) -> EpisodeTools:
+    """A fresh environment for one episode of the prompt, and its tools."""
+    try:
+        return runtime.open(prompt)
     except ConfigError as error:
         raise ConfigError(f"prompt {prompt.id!r}: {error}") from error
     except Exception as error:
@@ -56,9 +66,9 @@ def _world(prompt: Prompt) -> Environment:
 
 
 def _prompt_ids(
-    prompt: Prompt, environment: Environment, chat: ChatFormat, max_tokens: int
+    prompt: Prompt, tools: EpisodeTools, chat: ChatFormat, max_tokens: int
 ) -> list[int]:
-    ids = chat.prompt_ids(prompt.messages, prompt.tools or environment.specs)
+    ids = chat.prompt_ids(prompt.messages, tools.specs)
     if len(ids) >= max_tokens:
         raise ConfigError(
             f"prompt {prompt.id!r} has {len(ids)} tokens, rollout.max_tokens is {max_tokens}: "
@@ -87,6 +97,8 @@ class Collector:
         """
         self._engine, self._tokenizer, self._chat, self._dialect = engine, tokenizer, chat, dialect
         self._config, self._limits, self._stop = config, limits, stop
+        self._tools = ToolRuntime(limits, tokenizer)
+        self._side_by_side = threading.BoundedSemaphore(limits.parallel_episodes)
 
     def collect(
         self, prompts: Sequence[Prompt], siblings: int, sampling: Sampling, seed: object
@@ -102,7 +114,8 @@ class Collector:
         def follow(index: int, done: Completion) -> Request | None:
             nonlocal stopped
             episode = episodes[index]
-            self._advance(episode, done)
+            with self._side_by_side:
+                self._advance(episode, done)
             if not episode.stop:
                 stopped = stopped or self._stop()
             return None if stopped or episode.stop else self._request(episode, seed)
@@ -115,9 +128,9 @@ class Collector:
         return [trajectories[i : i + siblings] for i in range(0, len(trajectories), siblings)]
 
     def _open(self, prompt: Prompt, siblings: int) -> list[_Episode]:
-        worlds = [_world(prompt) for _ in range(siblings)]
-        ids = _prompt_ids(prompt, worlds[0], self._chat, self._config.max_tokens)
-        return [_Episode(prompt, g, world, Ledger(ids)) for g, world in enumerate(worlds)]
+        tools = [_open_tools(self._tools, prompt) for _ in range(siblings)]
+        ids = _prompt_ids(prompt, tools[0], self._chat, self._config.max_tokens)
+        return [_Episode(prompt, g, one, Ledger(ids)) for g, one in enumerate(tools)]
 
     def _request(self, episode: _Episode, seed: object) -> Request:
         room = self._config.max_tokens - len(episode.ledger)
@@ -136,7 +149,7 @@ class Collector:
             and (reply.calls or not reply.well_formed)
             and episode.prompt.environment != "none"
         )
-        outcomes = answer_calls(episode.environment, reply, self._limits) if goes_on else ()
+        outcomes = episode.tools.answer(reply) if goes_on else ()
         episode.turns.append(
             Turn(
                 start=start,
@@ -186,5 +199,5 @@ class Collector:
             version_T=ledger.version_T,
             turns=tuple(episode.turns),
             stop=episode.stop,
-            result=episode.environment.finish(episode.answer),
+            result=episode.tools.finish(episode.answer),
         )

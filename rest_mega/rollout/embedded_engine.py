@@ -53,7 +53,7 @@ class EmbeddedEngine:
     @torch.no_grad()
     def load_parameters(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
         """Copy every tensor into the model; ValueError for an unknown, missing or misshapen one."""
-        targets = dict(self._model.named_parameters())
+        targets = _named_as_files(self._model)
         left = set(targets)
         for name, tensor in tensors:
             target = targets.get(name)
@@ -129,6 +129,29 @@ class EmbeddedEngine:
             finished=bool(len(ends)) and length == stop,
             version_T=one_version(self._version, length),
         )
+
+
+def _named_as_files(model: Any) -> dict[str, torch.Tensor]:
+    """The model's parameters under the names of checkpoint files, where every expert has tensors of
+    its own; transformers holds all experts of a layer in one tensor."""
+    mixtral = model.config.model_type == "mixtral"
+    mixture = "block_sparse_moe" if mixtral else "mlp"
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    named: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        layer, found, part = name.partition(".mlp.experts.")
+        for expert, tensor in enumerate(parameter if found else ()):
+            target = f"{layer}.{mixture}.experts.{expert}"
+            if part == "down_proj":
+                named[f"{target}.{down}.weight"] = tensor
+            else:
+                halves = tensor.chunk(2)
+                named |= {
+                    f"{target}.{x}.weight": h for x, h in zip((gate, up), halves, strict=True)
+                }
+        if not found:
+            named[name.replace(".mlp.gate.", f".{mixture}.gate.")] = parameter
+    return named
 
 
 class _Draw:

@@ -3,6 +3,7 @@ out."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rest_mega.environments.deadline import together
 from rest_mega.records import Floats, Ints
 
 
@@ -73,17 +75,21 @@ class Engine(Protocol):
         """Free what the engine holds."""
 
 
+SIDE_BY_SIDE = 256
+"""Threads that follow the episodes of a round; the collector bounds what their tools may do."""
+
+
 def play_in_rounds(
     engine: Engine, requests: Sequence[Request], sampling: Sampling, follow: Follow
 ) -> None:
-    """`play` for engines that decode whole batches: one turn of all open episodes, then the
-    next."""
+    """`play` for engines that decode whole batches: one turn of all open episodes, then the next.
+    A slow tool of one episode holds up no other episode's tools."""
     waiting = dict(enumerate(requests))
     while waiting:
         done = engine.generate(list(waiting.values()), sampling)
-        turns = list(zip(waiting, done, strict=True))
-        after = {index: follow(index, completion) for index, completion in turns}
-        waiting = {index: request for index, request in after.items() if request is not None}
+        jobs = [functools.partial(follow, *turn) for turn in zip(waiting, done, strict=True)]
+        after = zip(waiting, together(jobs, SIDE_BY_SIDE), strict=True)
+        waiting = {index: request for index, request in after if request is not None}
 
 
 def one_version(version: int, length: int) -> Ints:

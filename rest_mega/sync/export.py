@@ -1,8 +1,10 @@
-"""This rank's shards -> a stream of whole Hugging Face tensors on the replica's lead.
+"""This rank's shards -> a stream of whole Hugging Face tensors on the replicas' leads.
 
-Every rank of the replica calls `stream` together and exhausts it. Parameters travel one at a time,
-as bytes, from the tensor ranks of their stage to the lead, which puts the pieces back; at no time
-does the lead hold more than one parameter's tensors that it has not handed over.
+All ranks call `stream` together and exhaust it. Parameters travel one at a time, as bytes, from the
+ranks that hold their pieces to the lead, which puts them back; at no time does the lead hold more
+than one parameter's tensors that it has not handed over. All ranks go through the transfers in one
+order, so that none waits for another in a circle. Only experts that no rank of a replica holds
+(spread over data-parallel ranks) come from outside it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +22,33 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from rest_mega.sync.names import Piece, hf_names, hf_shape, named_parameters, pieces
+from rest_mega.sync.names import Piece, hf_names, hf_shape, is_expert, named_parameters, pieces
+from rest_mega.sync.safetensors_files import SHARD_BYTES, shard_name, write_index
 from rest_mega.trainer.model import Architecture
 from rest_mega.trainer.parallel import Parallel
 
 NamedTensor = tuple[str, torch.Tensor]
 
-SHARD_BYTES = 5 * 2**30
-"""Tensors of one exported file at most, unless one tensor alone is larger."""
+NOT_SIDE_FILES = ("conversion.json", "manifest.json", "metadata.json", "run_state.json")
+"""JSON files of a checkpoint folder that speak of its own tensors or run."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One parameter's way to one lead."""
+
+    name: str
+    lead: int
+    sources: tuple[int, ...]
+    """Global ranks that hold its pieces, in the order of the cut."""
+    shapes: tuple[list[int], ...]
 
 
 class Exporter:
-    """Knows once and for all which rank of the replica holds what; `stream` may then be called
-    every step."""
+    """Knows once and for all which rank holds what; `stream` may then be called every step."""
 
     def __init__(self, chunks: list[Any], architecture: Architecture, parallel: Parallel) -> None:
-        """Collective over the replica."""
+        """Collective over all ranks."""
         self._architecture, self._parallel = architecture, parallel
         self._mine = {
             name: parameter
@@ -44,35 +58,62 @@ class Exporter:
         place = {
             "stage": parallel.pipeline_rank,
             "tensor": parallel.tensor_rank,
-            "holds": parallel.context_rank == 0,
+            "context": parallel.context_rank,
+            "replica": parallel.data_rank,
+            "lead": parallel.lead,
             "shapes": {name: list(p.shape) for name, p in self._mine.items()},
         }
-        self._places = [
-            json.loads(text) for text in parallel.gather_text(json.dumps(place), parallel.replica)
-        ]
+        self._places = [json.loads(text) for text in parallel.gather_text(json.dumps(place))]
+        me = parallel.rank
+        self._transfers = [t for t in self._all_transfers() if me == t.lead or me in t.sources]
         self._dtype = next(iter(self._mine.values())).dtype
 
     @torch.no_grad()
-    def stream(self) -> Iterator[NamedTensor]:
-        """(Hugging Face name, whole CPU tensor) on the lead, nothing elsewhere; collective over the
-        replica."""
-        for holders, name in self._transfers():
-            shards = [self._move(name, rank, place["shapes"][name]) for rank, place in holders]
-            if self._parallel.is_lead:
-                yield from self._assemble(name, shards)
+    def stream(self, *, head_only: bool = False) -> Iterator[NamedTensor]:
+        """(Hugging Face name, whole CPU tensor) on every lead (`head_only`: on the run's head),
+        nothing elsewhere; collective over all ranks."""
+        for transfer in self._transfers:
+            if head_only and transfer.lead != self._places[0]["lead"]:
+                continue
+            shards = [
+                self._move(transfer.name, source, transfer.lead, shape)
+                for source, shape in zip(transfer.sources, transfer.shapes, strict=True)
+            ]
+            if self._parallel.rank == transfer.lead:
+                yield from self._assemble(transfer.name, shards)
 
-    def _transfers(self) -> Iterator[tuple[list[tuple[int, Any]], str]]:
-        """Per parameter: the (global rank, place) of its shards in tensor order."""
-        ranked = list(zip(self._parallel.replica_ranks, self._places, strict=True))
+    def _all_transfers(self) -> Iterator[Transfer]:
+        """Every parameter to every lead, stage by stage; the same on all ranks."""
+        leads = sorted({(place["replica"], place["lead"]) for place in self._places})
         for stage in range(self._parallel.config.pipeline):
-            holders = [(r, p) for r, p in ranked if p["stage"] == stage and p["holds"]]
-            holders.sort(key=lambda holder: holder[1]["tensor"])
-            for name in holders[0][1]["shapes"]:
-                yield holders, name
+            for name, holders in self._holders(stage).items():
+                for replica, lead in leads:
+                    sources = tuple(self._sources(name, holders, replica))
+                    shapes = tuple(self._places[rank]["shapes"][name] for rank in sources)
+                    yield Transfer(name, lead, sources, shapes)
 
-    def _move(self, name: str, source: int, shape: list[int]) -> torch.Tensor:
-        """One shard from `source` to the lead; what other ranks get back is empty and not used."""
-        me, lead, group = self._parallel.rank, self._parallel.lead, self._parallel.replica
+    def _holders(self, stage: int) -> dict[str, list[int]]:
+        """Per parameter of a stage, the global ranks that hold it or a piece of it."""
+        holders: dict[str, list[int]] = {}
+        for rank, place in enumerate(self._places):
+            if place["stage"] == stage:
+                for name in place["shapes"]:
+                    holders.setdefault(name, []).append(rank)
+        return holders
+
+    def _sources(self, name: str, holders: list[int], replica: int) -> list[int]:
+        """The ranks from which a replica's lead gets a parameter: its own replica's where it can
+        be."""
+        places = self._places
+        mine = [rank for rank in holders if places[rank]["replica"] == replica]
+        if is_expert(name):
+            return (mine or [holders[replica % len(holders)]])[:1]
+        cut = [rank for rank in mine if places[rank]["context"] == 0]
+        return sorted(cut, key=lambda rank: int(places[rank]["tensor"]))
+
+    def _move(self, name: str, source: int, lead: int, shape: list[int]) -> torch.Tensor:
+        """One shard from `source` to `lead`; what other ranks get back is empty and not used."""
+        me, group = self._parallel.rank, self._parallel.control
         if me == source:
             mine = self._mine[name].detach().contiguous().cpu()
             if me != lead:
@@ -85,7 +126,7 @@ class Exporter:
 
     def _assemble(self, name: str, shards: list[torch.Tensor]) -> Iterator[NamedTensor]:
         a = self._architecture
-        parts = [self._pieces(name, rank) for rank in range(len(shards))]
+        parts = [self._pieces(name, rank, len(shards)) for rank in range(len(shards))]
         whole = {
             p.hf_name: torch.empty(hf_shape(p.hf_name, a), dtype=self._dtype)
             for ps in parts
@@ -101,8 +142,8 @@ class Exporter:
         yield from whole.items()
 
     @functools.cache  # noqa: B019  # an exporter lives as long as its model
-    def _pieces(self, name: str, tensor_rank: int) -> list[Piece]:
-        return pieces(name, self._architecture, tensor_rank, self._parallel.config.tensor)
+    def _pieces(self, name: str, rank: int, size: int) -> list[Piece]:
+        return pieces(name, self._architecture, rank, size)
 
 
 def save_hf(
@@ -116,13 +157,13 @@ def save_hf(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the policy as a Hugging Face checkpoint that `transformers` and SGLang load; collective
-    over the replica.
+    over all ranks.
 
     config.json is copied from `source`, tokenizer and template from `tokenizer` (empty: `source`).
     The folder appears complete or not at all. `write` is True on the one rank that writes; it holds
     at most about `shard_bytes` of tensors at a time.
     """
-    stream = exporter.stream()
+    stream = exporter.stream(head_only=True)
     if not write:
         for _ in stream:
             pass
@@ -133,7 +174,7 @@ def save_hf(
     written, dtype = _write_shards(stream, partial, shard_bytes)
     missing = [name for name in hf_names(architecture) if name not in written]
     assert not missing, f"export lacks {missing[:5]}"
-    _copy_side_files([Path(source), *([Path(tokenizer)] if tokenizer else [])], partial, dtype)
+    copy_side_files([Path(source), *([Path(tokenizer)] if tokenizer else [])], partial, dtype)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
@@ -160,28 +201,21 @@ def _write_shards(
         held[name], total = tensor, total + tensor.nbytes
         dtype = str(tensor.dtype).removeprefix("torch.")
     flush()
-    names = {file: _shard_name(n, len(files)) for n, file in enumerate(files, start=1)}
+    names = {file: shard_name(n, len(files)) for n, file in enumerate(files, start=1)}
     for file, name in names.items():
         file.rename(folder / name)
-    if len(files) > 1:
-        weight_map = {name: names[file] for name, file in where.items()}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    by_file = {names[f]: [name for name, file in where.items() if file == f] for f in files}
+    write_index(folder, by_file, total)
     return where, dtype
 
 
-def _shard_name(number: int, count: int) -> str:
-    if count == 1:
-        return "model.safetensors"
-    return f"model-{number:05d}-of-{count:05d}.safetensors"
-
-
-def _copy_side_files(sources: list[Path], target: Path, dtype: str) -> None:
+def copy_side_files(sources: list[Path], target: Path, dtype: str) -> None:
     """config.json of the first source; tokenizer and template files of all, the last winning."""
     for source in sources:
         for file in sorted(source.iterdir()) if source.is_dir() else [source]:
             keep = file.suffix in (".json", ".jinja", ".model", ".txt")
-            if keep and not file.name.endswith(".index.json"):
+            own = file.name in NOT_SIDE_FILES or file.name.endswith(".index.json")
+            if keep and not own:
                 (target / file.name).write_bytes(file.read_bytes())
     config = json.loads((sources[0] / "config.json").read_text())
     config.pop("torch_dtype", None)

@@ -8,8 +8,8 @@ from rest_mega.sync.export import Exporter
 
 
 def publish(exporter: Exporter, engine: Engine | None, version: int) -> None:
-    """Load the current parameters into the lead's engine under `version`; collective over the
-    replica.
+    """Load the current parameters into the lead's engine under `version`; collective over all
+    ranks.
 
     `engine` is None on ranks that are not leads. RuntimeError when the engine did not take every
     tensor.

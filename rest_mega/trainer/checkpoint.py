@@ -204,9 +204,19 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
     with _refusing(folder):
         loaded = dist_checkpointing.load(_sharded(trainer, is_loading=True), str(folder))
         _set_parameters(trainer, loaded)
-        trainer.optimizer.load_state_dict(loaded["optimizer"])
+        trainer.optimizer.load_state_dict(_with_empty_states(loaded["optimizer"]))
     trainer.optimizer_steps = int(state["optimizer_steps"])
     return state
+
+
+def _with_empty_states(loaded: dict[Any, Any]) -> dict[Any, Any]:
+    """The optimizer's state, or those of its parts by number. mcore leaves an empty `state` out:
+    that of the experts' part on a stage without experts."""
+    for part in loaded.values() if 0 in loaded else (loaded,):
+        inner = part.get("optimizer", part)
+        if "param_groups" in inner and "param_state" not in part:  # not DistributedOptimizer's
+            inner.setdefault("state", {})
+    return loaded
 
 
 @torch.no_grad()
@@ -221,18 +231,22 @@ def load_parameters(trainer: Trainer, folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
-    """Whatever goes wrong while `folder` is read becomes a ConfigError."""
+def refusing(what: str, remedy: str) -> Iterator[None]:
+    """Whatever goes wrong while a checkpoint is read becomes a ConfigError."""
     from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but its base
 
     try:
         yield
     except (Exception, CheckpointException) as error:
-        raise ConfigError(
-            f"checkpoint {folder} does not load ({_cause(error)}); if files are damaged, move it "
-            "away to resume from the one before; if the model or the optimizer changed, use "
-            "another run.dir or run.fresh=true"
-        ) from error
+        raise ConfigError(f"{what} ({_cause(error)}); {remedy}") from error
+
+
+def _refusing(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return refusing(
+        f"checkpoint {folder} does not load",
+        "if files are damaged, move it away to resume from the one before; if the model or the "
+        "optimizer changed, use another run.dir or run.fresh=true",
+    )
 
 
 def _cause(error: BaseException) -> str:

@@ -226,7 +226,8 @@ def _factory(function: Any) -> Any:
 
 
 class _Idle:
-    """A CUDA stream or event where there is none: every method does nothing."""
+    """A CUDA stream or event where there is none: every method does nothing, and returns it for the
+    events that streams record."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -236,7 +237,7 @@ class _Idle:
     def __exit__(self, *_: object) -> None: ...
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
+        return lambda *_, **__: self
 
 
 def _cuda_view() -> types.ModuleType:

@@ -3,6 +3,7 @@ ranks: nothing is unpickled."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,14 @@ def share_rewards(
     return None if summed[0] > 0 else summed[1:].reshape(prompts, siblings)
 
 
+def gather_rewards(parallel: Parallel, rewards_PG: Reals) -> npt.NDArray[np.float64]:
+    """Rewards of a replica's groups (of any number; the same on all its ranks) -> of all replicas',
+    on every rank, replica after replica."""
+    text = json.dumps(np.asarray(rewards_PG, dtype=np.float64).tolist() if parallel.is_lead else [])
+    rows = [row for part in parallel.gather_text(text) for row in json.loads(part)]
+    return np.array(rows, dtype=np.float64).reshape(len(rows), -1 if rows else 1)
+
+
 def _flatten(samples: Sequence[Sample]) -> dict[str, np.ndarray[Any, Any]]:
     return {
         "lengths": np.array([len(s.ids_T) for s in samples], dtype=np.int64),
@@ -50,6 +59,8 @@ def _flatten(samples: Sequence[Sample]) -> dict[str, np.ndarray[Any, Any]]:
         "regions": np.concatenate([s.regions_T for s in samples]),
         "logprobs": np.concatenate([s.logprobs_T for s in samples]),
         "advantages": np.array([s.advantage for s in samples], dtype=np.float64),
+        "rewards": np.array([s.reward for s in samples], dtype=np.float64),
+        "groups": np.array([s.group for s in samples], dtype=np.int64),
     }
 
 
@@ -58,5 +69,5 @@ def _restore(arrays: dict[str, np.ndarray[Any, Any]]) -> list[Sample]:
     ids, mask, regions, logprobs = (
         np.split(arrays[name], cuts) for name in ("ids", "mask", "regions", "logprobs")
     )
-    columns = zip(ids, mask, regions, logprobs, arrays["advantages"], strict=True)
-    return [Sample(i, m, r, lp, float(a)) for i, m, r, lp, a in columns]
+    numbers = (arrays[name].tolist() for name in ("advantages", "rewards", "groups"))
+    return [Sample(*column) for column in zip(ids, mask, regions, logprobs, *numbers, strict=True)]

@@ -63,6 +63,7 @@ def _select(batch: Microbatch, index: np.ndarray[Any, Any], lengths: list[int]) 
         mask_T=take(batch.mask_T, False),
         regions_T=take(batch.regions_T, 0),
         advantages_T=take(batch.advantages_T, 0),
+        drift_T=take(batch.drift_T, 0),
         logprobs_T=take(batch.logprobs_T, 0),
     )
 
@@ -107,7 +108,7 @@ class Runner:
             iterator: Iterator[tuple[int, Microbatch]], chunk: Any
         ) -> tuple[torch.Tensor, Any]:
             index, batch = next(iterator)
-            hidden = _forward(chunk, batch, self.parallel.device)
+            hidden = run_chunk(chunk, batch, self.parallel.device)
             return hidden, lambda output: self._loss(index, batch, output, chunk, loss)
 
         many = len(self.chunks) > 1
@@ -163,7 +164,9 @@ def unwrap(chunk: Any) -> Any:
     return getattr(chunk, "module", chunk)
 
 
-def _forward(chunk: Any, batch: Microbatch, device: torch.device) -> torch.Tensor:
+def run_chunk(chunk: Any, batch: Microbatch, device: torch.device) -> torch.Tensor:
+    """What the chunk makes of a micro-batch: hidden states [T, 1, D] (on the last stage after the
+    final norm)."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     bounds = torch.zeros(len(batch.lengths_S) + 1, dtype=torch.int32)

@@ -5,23 +5,37 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
-from rest_mega.records import Floats, Ints, Microbatch, SmallInts, Total, TrainedRows
+from rest_mega.losses.kl import kl
+from rest_mega.records import (
+    Floats,
+    Ints,
+    Microbatch,
+    SmallInts,
+    TokenCredit,
+    Total,
+    TrainedRows,
+)
 from rest_mega.trainer.forward import local_part
+from rest_mega.trainer.packing import bounds
 from rest_mega.trainer.parallel import Parallel
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-prob and entropy of one micro-batch's trained rows; empty on ranks without the LM head,
-    and where they are not known yet."""
+    """What forward passes alone say of one micro-batch's trained rows; empty on ranks without the
+    LM head, and where it is not known yet."""
 
-    logprob_R: Floats
-    entropy_R: Floats
+    logprob_R: Floats = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    entropy_R: Floats = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    reference_R: Floats = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    """Log-prob under the reference policy, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +110,52 @@ class GlobalRows:
         total = self.total(sums)
         return total[0], total[1]
 
-    def scale_advantages(
+    def kl_of_samples(
+        self,
+        parts: Sequence[Sequence[Microbatch]],
+        scores: Sequence[Sequence[Scores]],
+        estimator: str,
+        samples: int,
+    ) -> npt.NDArray[np.float64]:
+        """kl_S, the estimate of KL(scored policy || reference) in nats, summed over the trained
+        tokens of each of this replica's `samples`; in their order, and the same on all ranks of the
+        replica."""
+        kl_S = np.zeros(samples)
+        starts = bounds(samples, len(parts))[:-1]
+        for start, part, rows in zip(starts, parts, scores, strict=True):
+            for batch, row in zip(part, rows, strict=True):
+                at_R = start + batch.sample_T[self._held(batch)]
+                pair = (torch.from_numpy(x).double() for x in (row.logprob_R, row.reference_R))
+                kl_S += np.bincount(at_R, kl(estimator, *pair).numpy(), samples)
+        mine = kl_S if self._parallel.counts_tokens else np.zeros_like(kl_S)
+        return self._parallel.sum_in_replica(mine)
+
+    def with_advantages(
+        self, parts: Sequence[Sequence[Microbatch]], advantage_S: Floats
+    ) -> list[list[Microbatch]]:
+        """`parts` with other advantages of this replica's samples, in their order."""
+        starts = bounds(len(advantage_S), len(parts))[:-1]
+        padded_S = np.append(advantage_S, np.float32(0))
+        return [
+            [
+                replace(b, advantages_T=padded_S[np.where(b.sample_T < 0, -1, start + b.sample_T)])
+                for b in part
+            ]
+            for start, part in zip(starts, parts, strict=True)
+        ]
+
+    def credit_tokens(
         self,
         parts: Sequence[Sequence[Microbatch]],
         scores: Sequence[Sequence[Scores]],
         weights: Sequence[Sequence[Floats]],
-        factor: Callable[[TrainedRows, Total], Floats],
+        rule: Callable[[TrainedRows, Total], TokenCredit],
     ) -> list[list[Microbatch]]:
-        """`parts` with every trained token's advantage times `factor(rows of all parts, total)`.
+        """`parts` with every trained token's advantage times its factor, and its penalty on drift,
+        by `rule(rows of all parts, total)`.
 
         A context-parallel rank changes the tokens that it computes, a rank without the LM head
-        none: no other advantages are read. Tensor ranks have equal scores, so they decide alike.
+        none: no others are read. Tensor ranks have equal scores, so they decide alike.
         """
         found = [
             (batch, self._held(batch), row, weights_T)
@@ -121,12 +170,13 @@ class GlobalRows:
         ]  # fmt: skip
         rows = TrainedRows(*(np.concatenate(column) for column in zip(*columns, strict=True)))
         cuts = np.cumsum([len(i) for _, i, _, _ in found])[:-1]
-        factors = np.split(factor(rows, self.total), cuts)
-        scaled = iter(
-            _with_advantages(b, i, factor_R)
-            for (b, i, _, _), factor_R in zip(found, factors, strict=True)
+        due = rule(rows, self.total)
+        factors, drifts = np.split(due.factor_R, cuts), np.split(due.drift_R, cuts)
+        credited = (
+            _credited(b, i, factor_R, drift_R)
+            for (b, i, _, _), factor_R, drift_R in zip(found, factors, drifts, strict=True)
         )
-        return [list(itertools.islice(scaled, len(part))) for part in parts]
+        return [list(itertools.islice(credited, len(part))) for part in parts]
 
     def _held(self, batch: Microbatch) -> Ints:
         """Where in the whole micro-batch the rows are that this rank's LM head computes, in their
@@ -149,7 +199,8 @@ def _pairs(
     return [pair for part in zip(parts, weights, strict=True) for pair in zip(*part, strict=True)]
 
 
-def _with_advantages(batch: Microbatch, at_R: Ints, factor_R: Floats) -> Microbatch:
-    advantages_T = batch.advantages_T.copy()
+def _credited(batch: Microbatch, at_R: Ints, factor_R: Floats, drift_R: Floats) -> Microbatch:
+    advantages_T, drift_T = batch.advantages_T.copy(), batch.drift_T.copy()
     advantages_T[at_R] *= factor_R
-    return replace(batch, advantages_T=advantages_T)
+    drift_T[at_R] = drift_R
+    return replace(batch, advantages_T=advantages_T, drift_T=drift_T)

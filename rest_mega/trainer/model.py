@@ -1,7 +1,7 @@
 """ModelConfig -> this rank's chunks of a megatron-core GPTModel, shaped after a Hugging Face
 config.
 
-The one place that knows model families and layer specs. A chunk returns hidden states on the last
+The one place that knows model families. A chunk returns hidden states on the last
 stage, not logits: the head of `losses.head` takes the trained rows alone and never stores logits.
 """
 
@@ -15,6 +15,9 @@ from typing import Any
 import torch
 
 from rest_mega.config import ConfigError, ModelConfig, ParallelConfig, require
+from rest_mega.trainer import experts as mixtures
+from rest_mega.trainer.experts import Experts
+from rest_mega.trainer.layers import block_spec, uses_transformer_engine
 from rest_mega.trainer.parallel import Parallel
 
 VOCABULARY_MULTIPLE = 128
@@ -28,6 +31,8 @@ class Family:
 
     qkv_bias: bool = False
     qk_norm: bool = False
+    experts: str = ""
+    """The name of a layer's mixture in Hugging Face files; empty: all layers are dense."""
 
 
 FAMILIES = {
@@ -35,6 +40,8 @@ FAMILIES = {
     "mistral": Family(),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qk_norm=True),
+    "qwen3_moe": Family(qk_norm=True, experts="mlp"),
+    "mixtral": Family(experts="block_sparse_moe"),
 }
 
 
@@ -55,6 +62,11 @@ class Architecture:
     max_positions: int
     rope_inv_freq: tuple[float, ...]
     """Rotary frequencies, scaling (linear, llama3) included."""
+    experts: Experts | None = None
+
+    def is_mixture(self, layer: int) -> bool:
+        """Whether the feed-forward part of `layer` (from 0) is a mixture of experts."""
+        return self.experts is not None and self.experts.layers[layer]
 
     def padded_vocab(self, tensor: int) -> int:
         """Embedding rows with padding: a multiple of 128 and of the tensor-parallel size."""
@@ -67,15 +79,18 @@ class Architecture:
         """ConfigError unless this decoder can be cut as `parallel` says."""
         tp, stages = parallel.tensor, parallel.pipeline * parallel.virtual_pipeline
         _divides("parallel.tensor", tp, "attention heads", self.heads)
-        _divides("parallel.tensor", tp, "feed-forward size", self.ffn)
+        if self.experts is None or not all(self.experts.layers):
+            _divides("parallel.tensor", tp, "feed-forward size", self.ffn)
         _divides("parallel.pipeline x parallel.virtual_pipeline", stages, "layers", self.layers)
         require(
             self.kv_heads % tp == 0 or tp % self.kv_heads == 0,
             f"parallel.tensor={tp} and {self.kv_heads} key-value heads: one must be a multiple "
             "of the other",
         )
+        if self.experts is not None:
+            self.experts.check(parallel)
         require(
-            parallel.expert == 1,
+            self.experts is not None or parallel.expert == 1,
             f"parallel.expert={parallel.expert} needs a mixture-of-experts model; use 1",
         )
 
@@ -88,19 +103,19 @@ def _divides(key: str, value: int, what: str, size: int) -> None:
     )
 
 
-def read_architecture(path: str) -> Architecture:
-    """The sizes in `path`/config.json; ConfigError for an unknown family or an unsupported
-    feature."""
+def read_architecture(path: str, key: str = "model.path") -> Architecture:
+    """The sizes in `path`/config.json; ConfigError, which names the config's `key`, for an unknown
+    family or an unsupported feature."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers' own validation raises kinds of its own
-        raise ConfigError(f"model.path={path!r} holds no readable config.json ({error})") from error
+        raise ConfigError(f"{key}={path!r} holds no readable config.json ({error})") from error
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ConfigError(
-            f"model.path={path!r} is of family {config.model_type!r}; known: {', '.join(FAMILIES)}"
+            f"{key}={path!r} is of family {config.model_type!r}; known: {', '.join(FAMILIES)}"
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     unsupported = {
@@ -128,6 +143,7 @@ def read_architecture(path: str) -> Architecture:
         norm_eps=config.rms_norm_eps,
         max_positions=config.max_position_embeddings,
         rope_inv_freq=_rope(config, head_dim, path),
+        experts=mixtures.read_experts(config, path) if family.experts else None,
     )
 
 
@@ -146,17 +162,6 @@ def _rope(config: Any, head_dim: int, path: str) -> tuple[float, ...]:
         )
     frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return tuple(frequencies.tolist())
-
-
-def uses_transformer_engine(config: ModelConfig) -> bool:
-    """Whether layers are Transformer Engine's; ConfigError when asked for and not there."""
-    there = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    require(
-        config.layers != "te" or there,
-        "model.layers=te needs a CUDA device and transformer-engine: pip install "
-        "'rest-mega[gpu]' or model.layers=local",
-    )
-    return there and config.layers != "local"
 
 
 def transformer_config(architecture: Architecture, config: ModelConfig, parallel: Parallel) -> Any:
@@ -211,6 +216,7 @@ def transformer_config(architecture: Architecture, config: ModelConfig, parallel
         and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         "finalize_model_grads_func": finalize_model_grads,
         **_recompute(config.recompute),
+        **mixtures.settings(architecture.experts, config, sizes, grouped=te),
     }
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     return TransformerConfig(**{key: value for key, value in settings.items() if key in known})
@@ -257,7 +263,7 @@ def _chunk(
     last = parallel.config.virtual_pipeline - 1
     model = PolicyModel(
         config=mcore,
-        transformer_layer_spec=_layer_spec(architecture, config, mcore, stage),
+        transformer_layer_spec=block_spec(architecture, config, mcore, stage),
         vocab_size=architecture.padded_vocab(parallel.config.tensor),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel.is_first_stage and stage in (None, 0),
@@ -268,33 +274,9 @@ def _chunk(
         vp_stage=stage,
     )
     _mark_shards(model)
+    mixtures.mark(model)
     model.rotary_pos_emb.inv_freq = torch.tensor(architecture.rope_inv_freq, device=parallel.device)
     return model.to(parallel.device)
-
-
-def _layer_spec(
-    architecture: Architecture, config: ModelConfig, mcore: Any, stage: int | None
-) -> Any:
-    from megatron.core.models.gpt import gpt_layer_specs as specs
-    from megatron.core.transformer.transformer_block import (
-        TransformerBlockSubmodules,
-        get_num_layers_to_build,
-    )
-
-    from rest_mega.trainer.attention import PackedAttention, RMSNorm
-
-    if uses_transformer_engine(config):
-        return specs.get_gpt_layer_with_transformer_engine_spec(
-            qk_layernorm=architecture.family.qk_norm
-        )
-    spec = specs.get_gpt_layer_local_spec(qk_layernorm=architecture.family.qk_norm)
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention.core_attention = PackedAttention
-    if architecture.family.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layers = get_num_layers_to_build(mcore, vp_stage=stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 
 
 def _mark_shards(model: Any) -> None:

@@ -99,17 +99,43 @@ def _begin_state(optimizer: Any) -> None:
 
 
 def _muon(chunks: list[Any], config: OptimizerConfig, settings: Any, parallel: Parallel) -> Any:
-    from megatron.core.optimizer import ChainedOptimizer, FP32Optimizer
+    from megatron.core.optimizer import ChainedOptimizer
 
     assert not settings.bf16, "the config refuses muon in bf16"
-    parameters = [p for chunk in chunks for p in chunk.parameters()]
+    everywhere = [p for chunk in chunks for p in chunk.parameters()]
+    spread = [p for p in everywhere if not getattr(p, "allreduce", True)]
+    parts = _muon_parts([p for p in everywhere if getattr(p, "allreduce", True)], config, settings)
+    for part in parts:
+        part.grad_stats_parallel_group = parallel.groups.mp
+    if chunks[0].config.num_moe_experts:  # a stage without experts joins in the norm all the same
+        parts.append(_turning(spread, config, settings, is_expert=True))
+        parts[-1].grad_stats_parallel_group = parallel.groups.tp_ep_pp
+    for part in parts:
+        part.tp_group = parallel.groups.tp
+    return ChainedOptimizer(parts)
+
+
+def _turning(
+    matrices: list[Any], config: OptimizerConfig, settings: Any, *, is_expert: bool
+) -> Any:
+    """Muon in mcore's wrapper."""
+    from megatron.core.optimizer import FP32Optimizer
+
+    group = _group(matrices, 1.0, is_expert_parallel=is_expert)
+    muon = Muon([group], lr=config.muon_lr, weight_decay=config.weight_decay)
+    return FP32Optimizer(muon, settings, lambda inner, _: _fill_state(inner, ("momentum_buffer",)))
+
+
+def _muon_parts(parameters: list[Any], config: OptimizerConfig, settings: Any) -> list[Any]:
+    """Muon for the hidden matrices among `parameters`, AdamW for the rest."""
+    from megatron.core.optimizer import FP32Optimizer
+
     matrices = [
         p
         for p in parameters
         if p.ndim == 2 and not getattr(p, "is_embedding_or_output_parameter", False)
     ]
     rest = [p for p in parameters if all(p is not m for m in matrices)]
-    muon = Muon([_group(matrices, 1.0)], lr=config.muon_lr, weight_decay=config.weight_decay)
     wide, narrow = ([p for p in rest if (p.ndim > 1) is many] for many in (True, False))
     groups = [
         _group(g, decay, weight_decay=config.weight_decay * decay)
@@ -117,16 +143,11 @@ def _muon(chunks: list[Any], config: OptimizerConfig, settings: Any, parallel: P
         if g
     ]
     adam = GroupStepAdam(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
-    parts = [
-        FP32Optimizer(muon, settings, lambda inner, _: _fill_state(inner, ("momentum_buffer",))),
-        FP32Optimizer(
-            adam, settings, lambda inner, _: _fill_state(inner, ("exp_avg", "exp_avg_sq"))
-        ),
+    fill = lambda inner, _: _fill_state(inner, ("exp_avg", "exp_avg_sq"))  # noqa: E731
+    return [
+        _turning(matrices, config, settings, is_expert=False),
+        FP32Optimizer(adam, settings, fill),
     ]
-    for part in parts:
-        part.grad_stats_parallel_group = parallel.groups.mp
-        part.tp_group = parallel.groups.tp
-    return ChainedOptimizer(parts)
 
 
 def _group(parameters: list[Any], wd_mult: float, **more: Any) -> dict[str, Any]:

@@ -18,6 +18,12 @@ import numpy as np
 from rest_mega.records import Microbatch, Sample
 
 
+def bounds(count: int, parts: int) -> list[int]:
+    """Where `count` samples are cut into `parts` optimizer steps: part i is [bounds[i],
+    bounds[i + 1])."""
+    return [count * i // parts for i in range(parts + 1)]
+
+
 def plan(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     """Indices of `lengths` in bins of at most `tokens`: best-fit decreasing, O(n log n) (Johnson,
     1974).
@@ -99,5 +105,6 @@ def _microbatch(samples: Sequence[Sample], members: Sequence[int], multiple: int
         advantages_T=joined(
             [np.full(n, s.advantage) for s, n in zip(chosen, lengths, strict=True)], 0, np.float32
         ),
+        drift_T=joined([np.zeros(n) for n in lengths], 0, np.float32),
         logprobs_T=joined([s.logprobs_T[1:] for s in chosen], 0, np.float32),
     )

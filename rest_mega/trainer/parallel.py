@@ -224,6 +224,7 @@ def _model_parallel(config: ParallelConfig, deadline: datetime.timedelta) -> Non
         else None,
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=math.ceil(deadline.total_seconds() / 60),
         create_gloo_process_groups=False,
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,49 +14,15 @@ import torch
 
 from rest_mega.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
 from rest_mega.losses import correction, objective
-from rest_mega.losses.policy import Sequences
 from rest_mega.records import Floats, Microbatch, Sample, StepResult
+from rest_mega.trainer import experts, packing
 from rest_mega.trainer import model as models
 from rest_mega.trainer import optimizer as optimizers
-from rest_mega.trainer import packing
 from rest_mega.trainer.forward import Runner, local_part
 from rest_mega.trainer.global_rows import GlobalRows, Scores
 from rest_mega.trainer.parallel import Parallel
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What one micro-batch's trained rows on this rank bring to the loss, but the log-probs."""
-
-    batch: Microbatch
-    """This context rank's part."""
-    sequences: Sequences
-    old_logprob_R: torch.Tensor
-    """The engine's until the trainer's are known."""
-    advantages_R: torch.Tensor
-    weights_R: torch.Tensor
-    """Token weight x factor of the aggregation x correction."""
-    totals: objective.Totals
-    """Of the whole micro-batch."""
-
-
-@dataclass
-class Reports:
-    """What the loss closure measured on this rank: sums with counts, and maxima, by name."""
-
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    maxima: dict[str, torch.Tensor] = field(default_factory=dict)
-    loss: float = 0.0
-
-    def add(
-        self, loss: torch.Tensor, sums: dict[str, torch.Tensor], maxima: dict[str, torch.Tensor]
-    ) -> None:
-        """Add one micro-batch."""
-        self.loss += float(loss.detach())
-        for name, pair in sums.items():
-            self.sums[name] = self.sums.get(name, torch.zeros(2, device=pair.device)) + pair
-        for name, value in maxima.items():
-            self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
+from rest_mega.trainer.reference import Reference
+from rest_mega.trainer.rows import Reports, RowMaker, Rows
 
 
 class Trainer:
@@ -78,11 +44,19 @@ class Trainer:
         rollouts."""
         self.architecture, self.parallel = architecture, parallel
         self.rows = GlobalRows(parallel)
+        self._maker = RowMaker(parallel, loss)
+        self._reference: Reference | None = None
         self._optimizer_config, self._loss, self._packing = optimizer, loss, packing
         self._total_steps = max(1, total_steps)
         self._temperature, self._head = temperature, model.head
+        self._aux_loss = model.moe_aux_loss
         self.modules = models.build(architecture, model, parallel)
         self.optimizer_steps = 0
+
+    def keep_reference(self) -> None:
+        """The parameters as they are now are the reference policy from here on; until then there is
+        none."""
+        self._reference = Reference(self.modules)
 
     def prepare(self) -> None:
         """Wrap the modules and build the optimizer; call it once, after the parameters are set."""
@@ -102,7 +76,7 @@ class Trainer:
     def pack(self, samples: Sequence[Sample], parts: int = 1) -> list[list[Microbatch]]:
         """This replica's samples as `parts` optimizer steps of micro-batches, equally many on every
         replica."""
-        bounds = [len(samples) * i // parts for i in range(parts + 1)]
+        bounds = packing.bounds(len(samples), parts)
         return [self._pack(samples[a:b]) for a, b in itertools.pairwise(bounds)]
 
     def _pack(self, samples: Sequence[Sample]) -> list[Microbatch]:
@@ -117,18 +91,25 @@ class Trainer:
     # ---------------------------------------------------------------- scoring
 
     def score(self, parts: Sequence[Sequence[Microbatch]]) -> list[list[Scores]]:
-        """Log-prob and full-vocabulary entropy of every trained token under the current
-        parameters; with `loss.scoring=false` empty ones, which `step` fills in."""
-        return [self._score(batches) for batches in parts]
+        """Log-prob and full-vocabulary entropy of every trained token under the current parameters
+        (with `loss.scoring=false` none, and `step` fills them in), and its log-prob under the
+        reference policy where there is one."""
+        scoring = self._loss.scoring
+        scores = [self._score(part) if scoring else [Scores()] * len(part) for part in parts]
+        if self._reference is None:
+            return scores
+        with self._reference.in_place():
+            reference = [self._score(part) for part in parts]
+        return [
+            [replace(row, reference_R=r.logprob_R) for row, r in zip(*both, strict=True)]
+            for both in zip(scores, reference, strict=True)
+        ]
 
     def _score(self, batches: Sequence[Microbatch]) -> list[Scores]:
-        empty = np.empty(0, dtype=np.float32)
-        scores = [Scores(empty, empty)] * len(batches)
-        if not self._loss.scoring:
-            return scores
+        scores = [Scores()] * len(batches)
 
         def keep(index: int, logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> None:
-            scores[index] = _scores(logprob_R, entropy_R)
+            scores[index] = Scores(*_arrays(logprob_R, entropy_R))
 
         for chunk in self.chunks:
             chunk.eval()
@@ -146,76 +127,61 @@ class Trainer:
         """One policy-gradient step. `weights[m]` holds weights_T of micro-batch m (whole, before
         any CP cut). With `loss.scoring=false` it writes the scores of its own forward pass into
         `scores`."""
-        reports = Reports()
-        rows = [self._rows(*one, reports) for one in zip(batches, scores, weights, strict=True)]
-        totals, live = self._totals(rows)
+        reports, refer = Reports(), self._reference is not None
+        rows = [
+            self._maker.rows(*one, reports, refer=refer)
+            for one in zip(batches, scores, weights, strict=True)
+        ]
+        totals, live = self._maker.total(rows)
         if live == 0.0:
             gaps = self._reduce(reports, correction.GAP_SUMS, correction.GAP_MAXIMA)[1]
             return self._nothing_to_learn(gaps if totals.tokens else {})
-        denominator = objective.AGGREGATIONS[self._loss.aggregation](totals, self._loss)
+        denominators = objective.denominators(totals, self._loss)
 
         def loss(index: int, logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> Any:
             row = rows[index]
             if not self._loss.scoring:
-                scores[index] = _scores(logprob_R, entropy_R)
-                row = self._with_scores(row, scores[index], reports)
-            return objective.policy_objective(
-                logprob_R,
-                entropy_R,
-                row.old_logprob_R,
-                row.advantages_R,
-                row.weights_R,
-                row.sequences,
-                self._loss,
-                denominator,
-            )
+                logprob, entropy = _arrays(logprob_R, entropy_R)
+                scores[index] = replace(scores[index], logprob_R=logprob, entropy_R=entropy)
+                row = self._maker.with_scores(row, scores[index], reports)
+            return self._objective(row, logprob_R, entropy_R, *denominators)
 
-        sums = objective.POLICY_SUMS + correction.GAP_SUMS
+        compared = objective.REFERENCE_SUMS if refer else ()
+        sums = (*objective.POLICY_SUMS, *correction.GAP_SUMS, *compared)
         local = [row.batch for row in rows]
         return self._step(local, loss, reports, sums, correction.GAP_MAXIMA)
 
-    def _rows(self, whole: Microbatch, scores: Scores, weights_T: Floats, reports: Reports) -> Rows:
-        """What this rank's trained rows of a micro-batch bring to the loss."""
-        factors_T, totals = objective.token_factors(
-            weights_T, whole.mask_T, whole.sample_T, self._loss
+    def _objective(
+        self,
+        row: Rows,
+        logprob_R: torch.Tensor,
+        entropy_R: torch.Tensor,
+        denominator: float,
+        penalties: float,
+    ) -> Any:
+        """The weighted surrogate of a micro-batch over its denominator, the penalties over
+        theirs."""
+        loss, sums, maxima = objective.policy_objective(
+            logprob_R,
+            entropy_R,
+            row.old_logprob_R,
+            row.advantages_R,
+            row.weights_R,
+            row.sequences,
+            self._loss,
+            denominator,
         )
-        batch = local_part(whole, self.parallel)
-        mask_T = batch.mask_T
-        engine_R = self._tensor(batch.logprobs_T[mask_T])
-        weights_R = self._tensor(self._local_array(whole, factors_T)[mask_T])
-        advantages_R = self._tensor(batch.advantages_T[mask_T])
-        sequences = self._sequences(whole, batch)
-        rows = Rows(batch, sequences, engine_R, advantages_R, weights_R, totals)
-        known = self.parallel.is_last_stage and self._loss.scoring
-        return self._with_scores(rows, scores, reports) if known else rows
-
-    def _with_scores(self, rows: Rows, scores: Scores, reports: Reports) -> Rows:
-        """`rows`, which hold the engine's log-probs, corrected for their gap to the trainer's."""
-        trainer_R, engine_R = self._tensor(scores.logprob_R), rows.old_logprob_R
-        factor_R, sums, maxima = correction.correct(trainer_R, engine_R, self._loss, rows.sequences)
-        reports.add(torch.zeros(()), sums, maxima)
-        old_R = engine_R if self._loss.old_logprobs == "rollout" else trainer_R
-        return replace(rows, old_logprob_R=old_R, weights_R=rows.weights_R * factor_R)
-
-    def _sequences(self, whole: Microbatch, local: Microbatch) -> Sequences:
-        """Where this rank's trained rows belong among the sequences of the whole micro-batch."""
-        ids_S, tokens_S = np.unique(whole.sample_T[whole.mask_T], return_counts=True)
-        index_R = np.searchsorted(ids_S, local.sample_T[local.mask_T])
-        group = self.parallel.groups.cp if self.parallel.config.context > 1 else None
-        return Sequences(self._tensor(index_R), self._tensor(tokens_S), group)
-
-    def _totals(self, rows: Sequence[Rows]) -> tuple[objective.Totals, float]:
-        """(totals of the global batch, its sum of corrected weights), the same on every rank."""
-        mine = np.zeros(4)
-        if self.parallel.counts_tokens:
-            mine[3] = sum(float(r.weights_R.double().sum()) for r in rows)
-            if self.parallel.context_rank == 0:  # every context rank has the totals of whole ones
-                mine[:3] = np.sum([astuple(r.totals) for r in rows], axis=0)
-        weights, tokens, sequences, live = self.parallel.sum(mine).tolist()
-        return objective.Totals(weights, tokens, sequences), live
-
-    def _tensor(self, array: Any) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.parallel.device)
+        penalty, more = objective.penalty_objective(
+            logprob_R,
+            entropy_R,
+            row.old_logprob_R,
+            row.reference_R,
+            row.drift_R,
+            row.shares_R,
+            self._loss,
+            penalties,
+        )
+        return loss + penalty, sums | more, maxima
 
     def supervised_step(self, batches: Sequence[Microbatch]) -> StepResult:
         """One step of next-token cross-entropy on the trained tokens."""
@@ -243,10 +209,6 @@ class Trainer:
             self.optimizer, self._optimizer_config, self.optimizer_steps, self._total_steps
         )
 
-    def _local_array(self, batch: Microbatch, values_T: Floats) -> Floats:
-        """`values_T` cut as the micro-batch itself is cut by context parallelism."""
-        return local_part(replace(batch, advantages_T=values_T), self.parallel).advantages_T
-
     def _step(
         self,
         batches: list[Microbatch],
@@ -264,6 +226,9 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self._aux_loss:
+            tokens = self.rows.total(np.array([float(sum(len(b.ids_T) for b in batches))]))
+            experts.scale_aux_loss(self.modules, self._aux_loss, float(tokens[0]))
         self._runner.train(batches, closure)
         lr = self._next_lr()
         norm, taken = optimizers.apply(self.optimizer, self._optimizer_config)
@@ -290,8 +255,8 @@ class Trainer:
         return float(total[0]), {name: float(value) for name, value in metrics.items()}
 
 
-def _scores(logprob_R: torch.Tensor, entropy_R: torch.Tensor) -> Scores:
-    return Scores(*(x.detach().float().cpu().numpy() for x in (logprob_R, entropy_R)))
+def _arrays(*tensors: torch.Tensor) -> list[Floats]:
+    return [x.detach().float().cpu().numpy() for x in tensors]
 
 
 __all__ = ["Scores", "Trainer"]

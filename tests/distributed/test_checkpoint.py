@@ -14,7 +14,7 @@ import pytest
 
 from rest_mega.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig, ParallelConfig
 from tests.support.models import random_samples, save_model
-from tests.support.ranks import run_ranks
+from tests.support.ranks import in_turn, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -81,12 +81,8 @@ def _steps(trainer: Any, first: int, count: int) -> list[tuple[float, float, flo
 
 def _go_on(trainer: Any) -> dict[str, Any]:
     """What the run holds now, and what comes next."""
-    from rest_mega.trainer import parallel as places
-
     now = _exported(trainer)
-    answer = {"now": now, "steps": _steps(trainer, BEFORE, AFTER), "then": _exported(trainer)}
-    places.stop()
-    return answer
+    return {"now": now, "steps": _steps(trainer, BEFORE, AFTER), "then": _exported(trainer)}
 
 
 def _save_now(trainer: Any, run_dir: str, step: int, keep: int = 1) -> Path:
@@ -199,6 +195,54 @@ def test_a_checkpoint_before_the_first_step_is_the_start(
 ) -> None:
     for first, again in run_ranks(_save_at_once, 2, model, str(tmp_path), OPTIMIZERS[name]):
         assert first == again
+
+
+# ------------------------------------------------------------------ experts
+
+SPREAD = {
+    "ep2": (2, ParallelConfig(expert=2)),
+    "pp2 (no experts on the first stage)": (2, ParallelConfig(pipeline=2)),
+    "tp2 sp": (2, ParallelConfig(tensor=2, sequence=True)),
+}
+ADAPTED = {name: OPTIMIZERS[name] for name in ("adam distributed", "adam", "muon")}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(path of a mixture of experts, optimizer -> folder of a run saved with its experts spread,
+    and what each went on to do)."""
+    path = str(save_model(tmp_path_factory.mktemp("mixture"), "qwen3_moe_mixed"))
+    folders = {name: str(tmp_path_factory.mktemp("run")) for name in ADAPTED}
+    cases = [(n, path, folders[n], SPREAD["ep2"][1], o) for n, o in ADAPTED.items()]
+    answers = run_ranks(in_turn, 2, cases, _save)[0]
+    return path, folders, dict(zip(ADAPTED, answers, strict=True))
+
+
+@pytest.mark.parametrize("other", SPREAD)
+def test_a_run_with_spread_experts_goes_on_with_others(other: str, mixture: Any) -> None:
+    path, folders, went_on = mixture
+    world, parallel = SPREAD[other]
+    names = [name for name in ADAPTED if not (name == "muon" and parallel.tensor > 1)]
+    cases = [(n, path, folders[n], parallel, ADAPTED[n]) for n in names]
+    answers = run_ranks(in_turn, world, cases, _resume)[0]
+    for name, answer in zip(names, answers, strict=True):
+        _same(answer, went_on[name], exact=other == "ep2")
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_run_with_all_of_a_layers_experts_on_one_rank_goes_on_with_them_spread(
+    stages: int, mixture: Any, tmp_path: Path
+) -> None:
+    path, parallel = mixture[0], SPREAD["ep2"][1]
+    folders = {name: str(tmp_path / name) for name in ADAPTED}
+    for folder in folders.values():
+        Path(folder).mkdir()
+    whole = ParallelConfig(pipeline=stages)
+    saves = [(n, path, folders[n], whole, o) for n, o in ADAPTED.items()]
+    went_on = run_ranks(in_turn, stages, saves, _save)[0]
+    cases = [(n, path, folders[n], parallel, o) for n, o in ADAPTED.items()]
+    for want, answer in zip(went_on, run_ranks(in_turn, 2, cases, _resume)[0], strict=True):
+        _same(answer, want, exact=False)
 
 
 # ------------------------------------------------------------------ damage

@@ -90,7 +90,7 @@ def _by_rule(case: Any, sizes: dict[str, int]) -> dict[str, Any]:
     for name, config in RULES.items():
         step = Step(bench)
         rule = token_rule(config, 5)
-        scaled = step.trainer.rows.scale_advantages(step.parts, step.scores, step.weights, rule)
+        scaled = step.trainer.rows.credit_tokens(step.parts, step.scores, step.weights, rule)
         answer[name] = step.take(scaled)
     return answer
 

@@ -33,7 +33,8 @@ def assert_equal(got: list[Sample], want: list[Sample]) -> None:
             ours, theirs = getattr(one, name), getattr(other, name)
             assert ours.dtype == theirs.dtype
             np.testing.assert_array_equal(ours, theirs)
-        assert one.advantage == other.advantage
+        for name in ("advantage", "reward", "group"):
+            assert getattr(one, name) == getattr(other, name)
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,8 @@ def _reference(torch: Any, model: Any, config: LossConfig) -> Any:
         weight = torch.from_numpy(WEIGHT_OF_REGION[s.regions_T[1:]])[mask]
         engine, now = torch.from_numpy(s.logprobs_T[1:])[mask], logprob.detach()
         old = engine if config.old_logprobs == "rollout" else now
-        loss, lost = _surrogate(torch, config, logprob, old, s.advantage)
-        factor = _factor(torch, config, now - engine)
+        loss, lost = surrogate(torch, config, logprob, old, s.advantage)
+        factor = correction_factor(torch, config, now - engine)
         summed = (weight * factor * loss).sum()
         total = total + (summed / len(now) if config.aggregation == "sequence-mean" else summed)
         weight_sum, tokens = weight_sum + float(weight.sum()), tokens + len(now)
@@ -118,7 +118,7 @@ def _reference(torch: Any, model: Any, config: LossConfig) -> Any:
     return float(total.detach()) / denominator, norm, metrics, gradients
 
 
-def _surrogate(torch: Any, config: LossConfig, logprob: Any, old: Any, a: float) -> Any:
+def surrogate(torch: Any, config: LossConfig, logprob: Any, old: Any, a: float) -> Any:
     low, high, log_ratio = 1 - config.clip_low, 1 + config.clip_high, logprob - old
     if config.policy == "reinforce":
         return -a * logprob, torch.zeros_like(logprob)
@@ -134,7 +134,7 @@ def _surrogate(torch: Any, config: LossConfig, logprob: Any, old: Any, a: float)
     return -a * log_ratio.exp(), torch.zeros_like(logprob)  # on-policy: nothing is clipped
 
 
-def _factor(torch: Any, config: LossConfig, gap: Any) -> Any:
+def correction_factor(torch: Any, config: LossConfig, gap: Any) -> Any:
     low, high = BAND["correction_low"], BAND["correction_high"]
     if config.correction == "none":
         return torch.ones_like(gap)

@@ -155,13 +155,27 @@ def one_rank(case: Any) -> Any:
 def test_norm_and_clipped_step_are_one_ranks_at_every_layout(
     case: Any, one_rank: Any, sizes: dict[str, Any]
 ) -> None:
+    _as_on_one_rank(case, one_rank, sizes)
+
+
+def test_norm_and_clipped_step_are_one_ranks_with_experts_spread(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    case = small_case(tmp_path_factory.mktemp("mixture"), "mixtral")
+    one_rank = run_ranks(_everywhere, 1, case, EVERYWHERE, {})[0]
+    for sizes in ({"expert": 2}, {"expert": 2, "tensor": 2, "sequence": True}):
+        _as_on_one_rank(case, one_rank, sizes)
+
+
+def _as_on_one_rank(case: Any, one_rank: Any, sizes: dict[str, Any]) -> None:
+    leads = {0} if sizes.keys() - {"expert"} else {0, 1}
     for rank, got in enumerate(run_ranks(_everywhere, 2, case, EVERYWHERE, sizes)):
         for optimizer, (norm, after), (want, parameters_) in zip(
             EVERYWHERE, got, one_rank, strict=True
         ):
             assert norm == pytest.approx(want, rel=1e-5), optimizer.name
             assert norm > 2 * CLIPPED.clip_grad
-            assert bool(after) == (rank == 0 or not sizes)
+            assert bool(after) == (rank in leads)
             if optimizer.name != "muon":  # which turns each rank's shard as one block
                 for name, values in after.items():
                     np.testing.assert_allclose(values, parameters_[name], atol=1e-6, err_msg=name)

@@ -59,15 +59,39 @@ def _there_and_back(
     return answer
 
 
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe_mixed": ("qwen3_moe_mixed", {}),
+    "mixtral": ("mixtral", {}),
+}
+SPREAD = {
+    "ep2 over replicas": (2, ParallelConfig(expert=2)),
+    "ep2 in a replica": (2, ParallelConfig(tensor=2, sequence=True, expert=2)),
+    "ep4 in part, two leads": (4, ParallelConfig(context=2, expert=4)),
+    "ep2 over replicas and stages": (4, ParallelConfig(pipeline=2, expert=2)),
+}
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, Any]]:
     """(name, path, architecture), read here: transformers takes every fresh rank seconds to
     import."""
+    return _cases(MODELS, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, Any]]:
+    """The same of mixtures of experts."""
+    return _cases(EXPERTS, tmp_path_factory)
+
+
+def _cases(
+    models: dict[str, tuple[str, dict[str, Any]]], folders: pytest.TempPathFactory
+) -> list[tuple[str, str, Any]]:
     from rest_mega.trainer.model import read_architecture
 
     paths = {
-        name: str(save_model(tmp_path_factory.mktemp(family), family, **more))
-        for name, (family, more) in MODELS.items()
+        name: str(save_model(folders.mktemp(family), family, **more))
+        for name, (family, more) in models.items()
     }
     return [(name, path, read_architecture(path)) for name, path in paths.items()]
 
@@ -104,6 +128,21 @@ def test_what_was_loaded_or_drawn_is_exported_bit_for_bit(
     for name, path, architecture in cases:
         assert_equal(answers[0][name]["load"], stored(path))
         assert_equal(answers[0][name]["random"], drawn(architecture))
+        assert_equal(stored(str(tmp_path / Path(path).name)), stored(path))
+
+
+@pytest.mark.parametrize("layout", SPREAD)
+def test_experts_come_to_every_lead_from_wherever_they_are(
+    layout: str, mixtures: list[tuple[str, str, Any]], tmp_path: Path
+) -> None:
+    ranks, parallel = SPREAD[layout]
+    answers = run_ranks(_there_and_back, ranks, mixtures, parallel, str(tmp_path), "fp32")
+    for name, path, architecture in mixtures:
+        leads = [answer[name] for answer in answers if answer[name]["load"]]
+        assert len(leads) == ranks // parallel.replica_size
+        for answer in leads:
+            assert_equal(answer["load"], stored(path))
+            assert_equal(answer["random"], drawn(architecture))
         assert_equal(stored(str(tmp_path / Path(path).name)), stored(path))
 
 

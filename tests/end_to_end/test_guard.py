@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rest_mega.dialects import Region
+from rest_mega.nonfinite import NONFINITE
 from tests.support.runs import Ended, Run, make_run, start
 
 pytestmark = pytest.mark.distributed
@@ -142,3 +143,31 @@ def test_two_replicas_dump_their_shares_of_the_same_batch(
     assert gaps[1]["gap"]["mean"] == pytest.approx(gaps[0]["gap"]["mean"], rel=1e-4)
     shares = [json.loads((two / f"trajectories_{r}.json").read_text()) for r in (0, 1)]
     assert len({t["prompt"] for t in shares[0]} & {t["prompt"] for t in shares[1]}) == 0
+
+
+# ------------------------------------------------------------------ losses that are not finite
+
+
+def blown_up(run: Run, folder: Path, *more: str) -> Ended:
+    """Step one takes the parameters out of range; step two is replayed on them."""
+    words = ("optimizer.lr=1e30", f"rollout.replay={run.dir / 'rollouts'}", *OFF, *more)
+    return replay(run, folder, *words)[0]
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_kept(run: Run, tmp_path: Path) -> None:
+    ended = blown_up(run, tmp_path / "run", "run.export=false")
+    assert ended.code == 0, ended.err
+    last = run.measured(tmp_path / "run")[-1]
+    assert (last["step"], last["train/skipped"], last["train/grad_norm"]) == (2, 1.0, None)
+    assert "step 2: loss " in ended.err
+    assert "gradient norm nan" in ended.err
+    dump = tmp_path / "run" / "dumps" / "step_2"
+    assert str(dump) in ended.err
+    assert np.isnan(np.load(dump / "tokens_0.npz")["trainer_T"]).any()
+
+
+def test_too_many_such_steps_in_a_row_end_the_run(run: Run, tmp_path: Path) -> None:
+    ended = blown_up(run, tmp_path / "run", "run.max_nonfinite=0")
+    assert ended.code == NONFINITE, ended.err
+    assert (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir()
+    assert not (tmp_path / "run" / "hf").exists()

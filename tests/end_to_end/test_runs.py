@@ -27,7 +27,7 @@ def good(ended: list[Ended]) -> list[Ended]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run of four steps at TP 2."""
     made = make_run(tmp_path_factory.mktemp("run"))
-    good(start(2, "train", made.config, TP2))
+    good(start(2, "train", made.config, TP2, "run.export_every=2"))
     return made
 
 
@@ -59,6 +59,13 @@ def test_metrics_hold_every_step_and_evaluation_once(run: Run) -> None:
     assert [r["step"] for r in rows if "train/loss" in r] == [1, 2, 3, 4]
     assert [r["step"] for r in rows if "eval/greedy_success" in r] == [0, 2, 4]
     assert all(r["train/grad_norm"] > 0 for r in rows if "train/loss" in r)
+
+
+def test_the_policy_is_exported_on_the_way(run: Run) -> None:
+    assert [p.name for p in sorted(run.dir.glob("hf*"))] == ["hf", "hf_step_2"]
+    early, late = (load_file(run.dir / n / "model.safetensors") for n in ("hf_step_2", "hf"))
+    assert early.keys() == late.keys()
+    assert any((early[name] != late[name]).any() for name in early)
 
 
 def test_every_prompt_of_an_epoch_is_drawn_once(run: Run) -> None:

@@ -24,11 +24,11 @@ SGD = OptimizerConfig(
 TEMPERATURE = 0.8
 
 
-def small_case(folder: Path) -> tuple[str, Any]:
+def small_case(folder: Path, family: str = "qwen3") -> tuple[str, Any]:
     """(path, architecture) of a two-layer model; ranks need not import transformers."""
     from rest_mega.trainer.model import read_architecture
 
-    path = str(save_model(folder, "qwen3", num_hidden_layers=2))
+    path = str(save_model(folder, family, num_hidden_layers=2))
     return path, read_architecture(path)
 
 
@@ -47,21 +47,24 @@ class Bench:
         dtype: str = "fp32",
         tokens: int = 4096,
         loss: LossConfig = LossConfig(),  # noqa: B008  # frozen
+        path: str = "",
+        aux_loss: float = 0.0,
     ) -> Any:
+        """A trainer with the parameters in `path`; empty: the bench's own checkpoint."""
         from rest_mega.sync.load import load, open_source
         from rest_mega.trainer.trainer import Trainer
 
         trainer = Trainer(
             self.architecture,
             self.place,
-            model=ModelConfig(path=self.path, dtype=dtype),
+            model=ModelConfig(path=self.path, dtype=dtype, moe_aux_loss=aux_loss),
             optimizer=optimizer,
             loss=loss,
             packing=PackingConfig(tokens=tokens),
             temperature=TEMPERATURE,
             total_steps=4,
         )
-        source = open_source(self.path, "load", self.architecture, 0)
+        source = open_source(path or self.path, "load", self.architecture, 0)
         load(trainer.modules, source, self.architecture, self.place)
         trainer.prepare()
         return trainer

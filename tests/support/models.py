@@ -29,6 +29,9 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 128,
 }
 
+_EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False, "router_aux_loss_coef": 0.0}
+_QWEN_EXPERTS = _EXPERTS | {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": False}),
@@ -40,6 +43,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
         },
     ),
+    "qwen3_moe": ("Qwen3Moe", _QWEN_EXPERTS | {"norm_topk_prob": True}),
+    "qwen3_moe_mixed": (
+        "Qwen3Moe",
+        _QWEN_EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": [0, 1]},
+    ),
+    "mixtral": ("Mixtral", _EXPERTS | {"num_local_experts": 4}),
 }
 
 
@@ -66,10 +75,11 @@ def save_model(folder: Path, family: str, **more: Any) -> Path:
 
 
 def random_samples(count: int = 8, seed: int = 0) -> list[Sample]:
-    """Samples of 6 to 50 tokens with random masks, regions, rollout log-probs and advantages."""
-    rng = np.random.default_rng(seed)
+    """Samples of 6 to 50 tokens with random masks, regions, rollout log-probs and advantages, and
+    rewards (of which the advantages know nothing) in groups of four."""
+    rng, rewards = np.random.default_rng(seed), np.random.default_rng((seed, 1)).normal(size=count)
     samples = []
-    for _ in range(count):
+    for number in range(count):
         length = int(rng.integers(6, 50))
         samples.append(
             Sample(
@@ -78,6 +88,8 @@ def random_samples(count: int = 8, seed: int = 0) -> list[Sample]:
                 regions_T=rng.integers(0, 4, length).astype(np.int8),
                 logprobs_T=rng.normal(-5.5, 0.5, length).astype(np.float32),
                 advantage=float(rng.normal()),
+                reward=float(rewards[number]),
+                group=number // 4,
             )
         )
     return samples

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,22 @@ def run_ranks(
                 if child.is_alive():
                     child.kill()
                     child.join()
+
+
+def in_turn(cases: Sequence[tuple[Any, ...]], run: Callable[..., Any]) -> list[Any]:
+    """On a rank: `run(*arguments)` of every (name, *arguments), one run's model-parallel groups
+    after another's; an error names its case."""
+    from megatron.core import parallel_state
+
+    answers = []
+    for name, *arguments in cases:
+        try:
+            answers.append(run(*arguments))
+        except Exception as error:
+            error.add_note(f"in {name}")
+            raise
+        parallel_state.destroy_model_parallel()
+    return answers
 
 
 def _collect(pipes: list[Connection], deadline: float, timeout: float) -> list[Any]:

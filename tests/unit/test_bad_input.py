@@ -121,6 +121,18 @@ def test_weights_that_are_not_there(refuse: Refuse, run: Run, tmp_path: Path) ->
     has(refuse(f"model.path={model}"), "holds neither model.safetensors nor", "model.init=random")
 
 
+def test_a_reference_that_is_not_there_or_of_another_shape(
+    refuse: Refuse, run: Run, tmp_path: Path
+) -> None:
+    absent = f"model.reference={tmp_path / 'absent'}"
+    has(refuse("loss.kl=0.1", absent), "model.reference=", "absent", "config.json")
+    model = copy_of_model(run, tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    message = refuse("credit.kl_reward=0.1", f"model.reference={model}")
+    has(message, model, "differs from model.path in ffn", "of the same architecture")
+
+
 @pytest.mark.parametrize("keep", [4, 1000, 200_000])
 def test_weights_that_are_cut_off(refuse: Refuse, run: Run, tmp_path: Path, keep: int) -> None:
     weights = copy_of_model(run, tmp_path) / "model.safetensors"

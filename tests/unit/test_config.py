@@ -206,6 +206,13 @@ BAD: list[tuple[str, Any, str]] = [
     ("credit.clip_cov_low", 6.0, "credit.clip_cov_high=5.0"),
     ("credit.shaping_alpha", -0.1, "not be negative"),
     ("credit.shaping_kappa", 1.0, "greater than 1"),
+    ("credit.kl_cov_share", 0.0, "(0, 1]"),
+    ("credit.kl_cov_coefficient", -1.0, "not be negative"),
+    ("credit.kl_reward", -0.1, "not be negative"),
+    ("credit.kl_reward_estimator", "k4", "k1, k2, k3"),
+    ("loss.kl", -0.1, "not be negative"),
+    ("loss.kl_estimator", "kl", "k1, k2, k3"),
+    ("loss.entropy_bonus", -0.1, "not be negative"),
     ("telemetry.console", "loud", "plain"),
     ("telemetry.trajectories", -1, "not be negative"),
     ("run.device", "tpu", "cuda"),
@@ -251,7 +258,8 @@ def test_the_names_in_the_config_are_those_of_the_tables() -> None:
     tables = {"preset": PRESETS, "rule": RULES, "tokens": TOKENS, "advantage": METHODS}
     for key, table in tables.items():
         for name in table:
-            assert build(f"credit.{key}", name) == name
+            tree = {"credit": {key: name}, "loss": {"optimizer_steps": 2}}  # kl-cov needs two
+            assert getattr(RunConfig.from_dict(tree).credit, key) == name
         assert f"choose one of {', '.join(table)}" in refused({"credit": {key: "other"}})
 
 
@@ -264,7 +272,7 @@ def test_leaving_out_the_scoring_pass_is_refused_where_the_gradient_would_change
     assert "set loss.scoring=true or loss.correction=none" in corrected
 
 
-@pytest.mark.parametrize("tokens", ["high-entropy", "clip-cov", "entropy-advantage"])
+@pytest.mark.parametrize("tokens", ["high-entropy", "clip-cov", "kl-cov", "entropy-advantage"])
 def test_credit_of_single_tokens_is_refused_without_their_scores(tokens: str) -> None:
     message = refused({"loss": {"scoring": False}, "credit": {"tokens": tokens}})
     assert f"credit.tokens={tokens}" in message
@@ -283,6 +291,35 @@ def test_global_advantages_are_refused_where_groups_have_nothing_to_say() -> Non
 def test_a_run_ends_at_its_last_step_or_where_it_is_told_to_pause() -> None:
     for until, last in ((None, 9), (3, 3), (0, 0)):
         assert RunConfig.from_dict({"run": {"steps": 9, "until": until}}).run.last_step == last
+
+
+def test_the_estimators_in_the_config_are_those_of_the_table() -> None:
+    from rest_mega.config import KL_ESTIMATORS
+    from rest_mega.losses.kl import ESTIMATORS
+
+    assert tuple(ESTIMATORS) == KL_ESTIMATORS
+    for key in ("loss.kl_estimator", "credit.kl_reward_estimator"):
+        assert [build(key, name) for name in ESTIMATORS] == list(ESTIMATORS)
+
+
+def test_a_kl_on_the_reward_is_refused_without_scores_and_one_in_the_loss_is_not() -> None:
+    message = refused({"loss": {"scoring": False}, "credit": {"kl_reward": 0.1}})
+    assert "set loss.scoring=true or credit.kl_reward=0 (loss.kl needs no scores)" in message
+    RunConfig.from_dict({"loss": {"scoring": False, "kl": 0.1, "entropy_bonus": 0.1}})
+
+
+def test_kl_cov_is_refused_where_nothing_can_have_moved() -> None:
+    tree = {"credit": {"tokens": "kl-cov"}}
+    assert "set loss.optimizer_steps above 1, loss.old_logprobs=rollout" in refused(tree)
+    for loss in ({"optimizer_steps": 2}, {"old_logprobs": "rollout"}):
+        RunConfig.from_dict(tree | {"loss": loss})
+
+
+def test_the_reference_is_needed_by_its_three_users_alone() -> None:
+    assert not RunConfig.from_dict({"model": {"reference": "folder"}}).needs_reference
+    users = ({"loss": {"kl": 0.1}}, {"credit": {"kl_reward": 0.1}})
+    for tree in (*users, {"telemetry": {"reference_kl": True}}):
+        assert RunConfig.from_dict(tree).needs_reference
 
 
 def test_muon_in_bf16_is_refused() -> None:

@@ -61,13 +61,20 @@ def take(whole: TrainedRows, chosen: Any) -> TrainedRows:
     return TrainedRows(*(getattr(whole, f.name)[chosen] for f in fields(TrainedRows)))
 
 
-def factors(config: CreditConfig, whole: TrainedRows, world: int, seed: int, step: int = 3) -> Any:
-    """factor_R of the whole batch, its rows dealt to the ranks at random."""
+def due(config: CreditConfig, whole: TrainedRows, world: int, seed: int, step: int = 3) -> Any:
+    """(factor_R, drift_R) of the whole batch, its rows dealt to the ranks at random."""
     rank_R = np.random.default_rng(seed).integers(0, world, len(whole.ids_R))
-    rule, factor_R = token_rule(config, step), np.full(len(rank_R), np.nan, np.float32)
+    rule, due_2R = token_rule(config, step), np.full((2, len(rank_R)), np.nan, np.float32)
     parts = together(world, lambda rank, total: rule(take(whole, rank_R == rank), total))
     for rank, part in enumerate(parts):
-        factor_R[rank_R == rank] = part
+        due_2R[:, rank_R == rank] = part.factor_R, part.drift_R
+    return due_2R
+
+
+def factors(config: CreditConfig, whole: TrainedRows, world: int, seed: int, step: int = 3) -> Any:
+    """The factor_R of a rule that penalises nothing."""
+    factor_R, drift_R = due(config, whole, world, seed, step)
+    assert not drift_R.any()
     return factor_R
 
 
@@ -162,6 +169,28 @@ def test_clip_cov_silences_that_many_of_the_tokens_whose_covariance_is_in_range(
     assert not silent_R[~inside_R].any()
     assert silent_R.sum() == min(inside_R.sum(), max(1, round(share * on.sum())))
     assert silent_R.tolist() == (factors(config, whole, 1, 0) == 0).tolist()
+
+
+@FEW
+@given(count=st.integers(0, 60), share=st.floats(0.01, 1), world=st.integers(1, 3), seed=SEEDS)
+def test_kl_cov_penalises_the_share_of_weighted_tokens_whose_covariance_sorts_highest(
+    count: int, share: float, world: int, seed: int
+) -> None:
+    whole = rows(count, seed)
+    config = CreditConfig(tokens="kl-cov", kl_cov_share=share, kl_cov_coefficient=0.7)
+    factor_R, drift_R = due(config, whole, world, seed)
+    on = whole.weights_R > 0
+    logprob, advantage = whole.logprob_R.astype(float), whole.advantages_R.astype(float)
+    means = [float(column[on].mean()) if on.any() else 0.0 for column in (logprob, advantage)]
+    covariance_R = (logprob - means[0]) * (advantage - means[1])
+    ranked = sorted(covariance_R[on].tolist(), reverse=True)
+    least = ranked[max(1, round(share * len(ranked))) - 1] if ranked else np.inf
+    close_R = abs(covariance_R - least) <= 1e-6  # equal ones, and what float32 makes equal
+    want_R = on & (covariance_R >= least)
+    assert factor_R.tolist() == [1.0] * count
+    assert ((drift_R > 0) == want_R)[~close_R].all()
+    assert (drift_R > 0)[close_R & on].any() == want_R.any()
+    assert set(drift_R.tolist()) <= {0.0, float(np.float32(0.7))}
 
 
 def test_lots_are_uniform_differ_by_step_and_do_not_depend_on_the_order() -> None:

@@ -138,6 +138,7 @@ BAD = [
         r"reward_model\.ground_truth='<think> p .* must be a reply in ToolRL's format",
     ),
     (toolrl_row(prompt="hi"), r"prompt='hi' must be a list"),
+    (toolrl_row(extra_info="x"), r"extra_info='x' must be an object"),
 ]
 
 
@@ -158,6 +159,21 @@ def test_a_line_that_is_no_json_is_named_with_its_column(tmp_path: Path) -> None
     path = write_lines(tmp_path, ROW)
     path.write_text(path.read_text(encoding="utf-8") + '\n{"id": "b",}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"rows\.jsonl:3: not valid JSON at column 12"):
+        load_prompts(path)
+
+
+def test_a_line_that_was_cut_off_is_named_with_its_last_column(tmp_path: Path) -> None:
+    path = write_lines(tmp_path)
+    path.write_text('{"id": \n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:1: not valid JSON at column 8"):
+        load_prompts(path)
+
+
+@pytest.mark.parametrize("line", [b'{"id": "\xff"}', b"1" * 5000, b"[" * 200_000])
+def test_lines_that_the_parser_gives_up_on_are_bad_rows_too(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(line)
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:1: not valid JSON"):
         load_prompts(path)
 
 

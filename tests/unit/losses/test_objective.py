@@ -16,6 +16,8 @@ from rest_mega.losses.objective import (
     POLICY_SUMS,
     Report,
     Totals,
+    denominators,
+    penalty_objective,
     policy_objective,
     supervised_objective,
     token_factors,
@@ -86,6 +88,64 @@ def test_loss_gradient_and_statistics_do_not_depend_on_the_cut(rows: int, cuts: 
         total, count = torch.stack([part[1][name] for part in parts]).sum(0).tolist()
         assert count == rows
         assert total / count == pytest.approx(want_means[name], abs=1e-9)
+
+
+PENALTIES = ("logprob", "entropy", "old", "reference", "drift", "shares")
+
+
+def penalties(rows: int) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng(1)
+    reference, drift, shares = rng.normal(-2, 1, rows), rng.random(rows), rng.random(rows)
+    columns = {"reference": reference, "drift": drift * (drift > 0.7), "shares": shares}
+    return batch(rows) | {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_penalties_are_their_formula_and_their_slopes_however_they_are_cut(estimator: str) -> None:
+    config = LossConfig(kl=0.3, kl_estimator=estimator, entropy_bonus=0.2)
+    whole = penalties(12)
+    moving = [whole[name].requires_grad_() for name in ("logprob", "entropy")]
+    parts = [
+        penalty_objective(*(whole[n][a:b] for n in PENALTIES), config, 7.0)
+        for a, b in ((0, 5), (5, 5), (5, 12))
+    ]
+    loss = torch.stack([part[0] for part in parts]).sum()
+    slopes = torch.autograd.grad(loss, moving)
+    want, by_logprob, by_entropy, far = 0.0, [], [], 0.0
+    for lp, h, old, ref, drift, share in zip(*(whole[n].tolist() for n in PENALTIES), strict=True):
+        d = lp - ref
+        k = {"k1": d, "k2": d * d / 2, "k3": np.exp(-d) - 1 + d}[estimator]
+        slope = {"k1": 1.0, "k2": d, "k3": 1 - np.exp(-d)}[estimator]
+        want += share * (0.3 * k - 0.2 * h + drift * abs(lp - old)) / 7
+        by_logprob.append(share * (0.3 * slope + drift * np.sign(lp - old)) / 7)
+        by_entropy.append(-0.2 * share / 7)
+        far += np.exp(-d) - 1 + d
+    assert float(loss.detach()) == pytest.approx(want, rel=1e-12)
+    for got, expected in zip(slopes, (by_logprob, by_entropy), strict=True):
+        assert got.tolist() == pytest.approx(expected, rel=1e-9)
+    measured = torch.stack([part[1]["reference_kl"] for part in parts]).sum(0)
+    assert measured.tolist() == pytest.approx([far, 12.0])
+
+
+def test_without_a_reference_nothing_is_measured_and_no_kl_can_be_asked_for() -> None:
+    columns = [None if n == "reference" else penalties(3)[n] for n in PENALTIES]
+    _, sums = penalty_objective(*columns, LossConfig(), 1.0)
+    assert sums == {}
+    with pytest.raises(AssertionError, match=r"loss\.kl needs"):
+        penalty_objective(*columns, LossConfig(kl=0.1), 1.0)
+
+
+def test_penalties_count_tokens_where_the_surrogate_counts_weights() -> None:
+    totals, silent = Totals(2.5, 8.0, 3.0), Totals(0.0, 8.0, 3.0)
+    configs = {n: LossConfig(aggregation=n, fixed_length=4) for n in AGGREGATIONS}
+    pairs = {n: denominators(totals, config) for n, config in configs.items()}
+    assert pairs == {
+        "weighted-token-mean": (2.5, 8.0),
+        "token-mean": (8.0, 8.0),
+        "sequence-mean": (3.0, 3.0),
+        "fixed": (12.0, 12.0),
+    }
+    assert denominators(silent, LossConfig()) == (1.0, 8.0)
 
 
 def test_weights_scale_a_rows_gradient_and_nothing_else() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
 
 from rest_mega.config import ConfigError
+from rest_mega.environments import ENVIRONMENTS, ToolEnvironment, tool
 from rest_mega.records import Trajectory
 from rest_mega.rollout.collect import check_prompts
 from rest_mega.rollout.engine import Completion, Request, Sampling
@@ -135,6 +137,26 @@ def test_siblings_keep_their_places_and_their_own_environment() -> None:
             assert [turn.text for turn in t.turns] == scripts[name, sibling]
             assert t.result["success"] == (t.turns[-1].text != "4")
     assert len(engine.requests) == 4 + 2 + 1  # who has finished is asked no more
+
+
+def test_the_tools_of_all_episodes_run_side_by_side() -> None:
+    """The barrier opens only when the tools of all four siblings are inside at one time."""
+    gate = threading.Barrier(4)
+
+    class Gate(ToolEnvironment):
+        @tool
+        def add(self, number: int) -> str:
+            """Wait for the others."""
+            gate.wait(timeout=10)
+            return f"total {number}"
+
+    ENVIRONMENTS["test gate"] = Gate
+    engine = ScriptedEngine({("p", g): [call(g), "done"] for g in range(4)})
+    groups = collector(engine).collect([prompt("p", "test gate")], 4, Sampling(), SEED)
+    assert groups is not None
+    outcomes = [t.turns[0].outcomes[0] for t in groups[0]]
+    assert [(o.status, o.content) for o in outcomes] == [("ok", f"total {g}") for g in range(4)]
+    del ENVIRONMENTS["test gate"]
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])

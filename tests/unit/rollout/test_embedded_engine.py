@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -207,3 +208,31 @@ def test_new_parameters_are_served_under_their_version(model: Any) -> None:
     assert_same(
         engine.generate(asked, Sampling()), engine_of(other, version=6).generate(asked, Sampling())
     )
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_are_taken_one_by_one_as_checkpoint_files_hold_them(
+    family: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    path = save_model(tmp_path, family, **(SIZES | {"num_hidden_layers": 1}))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    engine = EmbeddedEngine(
+        str(path),
+        end_of_turn_ids=ENDS,
+        pad_id=1,
+        batch_size=8,
+        dtype="fp32",
+        device=torch.device("cpu"),
+    )
+    engine.load_parameters(load_file(path / "model.safetensors").items(), 1)
+    asked = requests(3)
+    for request, got in zip(asked, engine.generate(asked, GREEDY), strict=True):
+        ids_T = torch.from_numpy(np.concatenate([request.ids_T, got.ids_T]).astype(np.int64))
+        with torch.no_grad():
+            logprobs_TV = torch.log_softmax(model(ids_T[None]).logits[0], -1)
+        answer = logprobs_TV[len(request.ids_T) - 1 : -1]
+        assert answer.argmax(-1).tolist() == got.ids_T.tolist()
+        np.testing.assert_allclose(answer.amax(-1).numpy(), got.logprobs_T, atol=1e-5)

@@ -10,11 +10,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rest_mega.sync.names import TABLE, hf_names, hf_shape, pieces
+from rest_mega.sync.names import Piece, hf_names, hf_shape, is_expert, pieces, rows
+from rest_mega.trainer.experts import Experts
 from rest_mega.trainer.model import Architecture, Family
 
 TE_ONLY = ("linear_qkv.layer_norm_weight", "linear_fc1.layer_norm_weight")
-"""Where Transformer Engine's layers keep the two norms; local layers have modules of their own."""
+"""Where Transformer Engine's layers keep the two norms; local layers, and the second before a
+mixture, have modules of their own."""
 
 
 @st.composite
@@ -25,9 +27,16 @@ def cuts(draw: Any) -> tuple[Architecture, int]:
     size = draw(st.sampled_from([s for s in (1, 2, 3, 4, 6, 8) if heads % s == 0]))
     assume(kv_heads % size == 0 or size % kv_heads == 0)
     assume((heads + 2 * kv_heads) * head_dim % size == 0)
+    layers, mixture = (
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from(["", "mlp", "block_sparse_moe"])),
+    )
+    kinds = draw(st.lists(st.booleans(), min_size=layers, max_size=layers))
+    experts = Experts(draw(st.integers(1, 3)), 1, draw(st.integers(1, 4)), False, tuple(kinds))
     architecture = Architecture(
-        family=Family(qkv_bias=draw(st.booleans()), qk_norm=draw(st.booleans())),
-        layers=draw(st.integers(1, 3)),
+        family=Family(qkv_bias=draw(st.booleans()), qk_norm=draw(st.booleans()), experts=mixture),
+        layers=layers,
+        experts=experts if mixture else None,
         hidden=draw(st.integers(1, 5)),
         ffn=size * draw(st.integers(1, 4)),
         heads=heads,
@@ -45,13 +54,18 @@ def cuts(draw: Any) -> tuple[Architecture, int]:
 def mcore_names(a: Architecture, unused: tuple[str, ...]) -> list[str]:
     """Every parameter of a model, over all pipeline stages."""
     return [
-        row.mcore.replace("{i}", str(layer))
-        for row in TABLE
+        row.mcore.replace("{i}", str(layer)).replace("{e}", str(expert))
+        for row in rows(a)
         for layer in (range(a.layers) if "{i}" in row.mcore else range(1))
-        if not row.mcore.endswith(unused)
+        for expert in (range(a.experts.count) if a.experts and "{e}" in row.mcore else range(1))
+        if (
+            not row.mcore.endswith(unused)
+            or (a.is_mixture(layer) and row.mcore.endswith("pre_mlp_layernorm.weight"))
+        )
         and (a.family.qkv_bias or not row.mcore.endswith(".bias"))
         and (a.family.qk_norm or not re.search("[qk]_layernorm", row.mcore))
         and (not a.tied or row.mcore != "output_layer.weight")
+        and row.layers in ("all", "mixture" if a.is_mixture(layer) else "dense")
     ]
 
 
@@ -83,9 +97,10 @@ def test_every_number_of_a_checkpoint_lies_on_one_tensor_rank_or_whole_on_all(
     local = tuple(n for n in ("input_layernorm.weight", "pre_mlp_layernorm.weight") if te)
     found: list[torch.Tensor] = []
     for name in mcore_names(a, local or TE_ONLY):
-        shards = [shard(name, a, rank, size, tensors) for rank in range(size)]
-        kind = re.sub(r"layers\.\d+", "layers.{i}", name)
-        whole = next(row.layout for row in TABLE if row.mcore == kind) == "whole"
+        ranks = 1 if is_expert(name) else size
+        shards = [shard(name, a, rank, ranks, tensors) for rank in range(ranks)]
+        kind = re.sub(r"layers\.\d+", "layers.{i}", re.sub(r"experts\.\d+", "experts.{e}", name))
+        whole = next(row.layout for row in rows(a) if row.mcore == kind) == "whole"
         if whole:
             assert all(torch.equal(s, shards[0]) for s in shards)
         found += [s.flatten() for s in (shards[:1] if whole else shards)]
@@ -101,16 +116,20 @@ def test_the_layouts_are_megatrons(cut: tuple[Architecture, int]) -> None:
     q, k, v = (tensors[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv")
     groups = [x.reshape(a.kv_heads, -1, a.hidden) for x in (q, k, v)]
     qkv = torch.cat(groups, dim=1).reshape(-1, a.hidden).chunk(size)
-    gate, up = (tensors[f"model.layers.0.mlp.{x}_proj.weight"].chunk(size) for x in ("gate", "up"))
-    down = tensors["model.layers.0.mlp.down_proj.weight"].chunk(size, dim=1)
+    if not a.is_mixture(0):
+        gate, up = (
+            tensors[f"model.layers.0.mlp.{x}_proj.weight"].chunk(size) for x in ("gate", "up")
+        )
+        down = tensors["model.layers.0.mlp.down_proj.weight"].chunk(size, dim=1)
     rows = torch.zeros(a.padded_vocab(size), a.hidden, dtype=torch.int64)
     rows[: a.vocab_size] = tensors["model.embed_tokens.weight"]
     for rank in range(size):
         want = {
             "decoder.layers.0.self_attention.linear_qkv.weight": qkv[rank],
-            "decoder.layers.0.mlp.linear_fc1.weight": torch.cat([gate[rank], up[rank]]),
-            "decoder.layers.0.mlp.linear_fc2.weight": down[rank],
         }
+        if not a.is_mixture(0):
+            want["decoder.layers.0.mlp.linear_fc1.weight"] = torch.cat([gate[rank], up[rank]])
+            want["decoder.layers.0.mlp.linear_fc2.weight"] = down[rank]
         for name, expected in want.items():
             assert torch.equal(shard(name, a, rank, size, tensors), expected), name
         real = shard("embedding.word_embeddings.weight", a, rank, size, tensors)
@@ -131,5 +150,40 @@ def test_padded_vocabularies_hold_the_real_one_and_divide_by_the_ranks(
 
 
 def test_a_parameter_without_a_row_is_named_with_the_remedy() -> None:
+    dense = Architecture(
+        Family(), layers=4, hidden=4, ffn=4, heads=1, kv_heads=1, head_dim=4, vocab_size=4,
+        tied=True, norm_eps=1e-6, max_positions=8, rope_inv_freq=(),
+    )  # fmt: skip
     with pytest.raises(ValueError, match=r"'decoder.layers.3.mlp.router.weight' has no row.*add"):
-        pieces("decoder.layers.3.mlp.router.weight", None, 0, 1)  # type: ignore[arg-type]
+        pieces("decoder.layers.3.mlp.router.weight", dense, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "names"),
+    [
+        ("mlp", ("mlp.gate", "mlp.experts.7.gate_proj", "up_proj", "down_proj")),
+        (
+            "block_sparse_moe",
+            ("block_sparse_moe.gate", "block_sparse_moe.experts.7.w1", "w3", "w2"),
+        ),
+    ],
+)
+def test_an_expert_is_its_gate_over_its_up_projection_and_never_cut(
+    mixture: str, names: tuple[str, ...]
+) -> None:
+    a = Architecture(
+        Family(experts=mixture), layers=3, hidden=5, ffn=4, heads=1, kv_heads=1, head_dim=4,
+        vocab_size=4, tied=True, norm_eps=1e-6, max_positions=8, rope_inv_freq=(),
+        experts=Experts(8, 2, 6, True, (True,) * 3),
+    )  # fmt: skip
+    router, gate, up, down = (f"model.layers.2.{n}.weight" for n in names)
+    folder = gate.rpartition("7.")[0] + "7."
+    up, down = folder + names[2] + ".weight", folder + names[3] + ".weight"
+    assert pieces("decoder.layers.2.mlp.router.weight", a, 1, 2) == [Piece(router, 0, 0, 8)]
+    assert pieces("decoder.layers.2.mlp.experts.7.linear_fc1.weight", a, 0, 1) == [
+        Piece(gate, 0, 0, 6), Piece(up, 0, 0, 6)
+    ]  # fmt: skip
+    assert pieces("decoder.layers.2.mlp.experts.7.linear_fc2.weight", a, 0, 1) == [
+        Piece(down, 1, 0, 6)
+    ]
+    assert (hf_shape(router, a), hf_shape(up, a), hf_shape(down, a)) == ((8, 5), (6, 5), (5, 6))

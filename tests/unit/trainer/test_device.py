@@ -136,7 +136,7 @@ def test_what_needs_an_adaptation_fails_as_it_is_and_works_adapted(
         assert as_it_is["compiled"]
         assert as_it_is["types"] == [True, True, True]
         assert as_it_is["split_sizes"]
-        assert as_it_is["moe_names"]
+        assert bool(as_it_is["moe_names"]) == (VERSION < (0, 17))
         assert as_it_is["spawn"]
         assert as_it_is["torch_adam"] != (_has("transformer_engine") or _has("apex"))
     (adapted,) = run_ranks(_adapted, 1)

@@ -1,0 +1,256 @@
+"""Hugging Face safetensors <-> Megatron distributed checkpoint (`torch_dist`), block by block,
+verified.
+
+Whatever the model's size, memory holds a few blocks of rows. Every Hugging Face tensor's bytes are
+summed as they are read and as they are written; afterwards the result is read back through the
+other direction's reader and must give the same sums: what would be converted back is bit for bit
+what was written. Only then does the target appear under its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rest_mega.config import ConfigError, require
+from rest_mega.sync import manifest
+from rest_mega.sync.byte_ranges import Buffer, Rows, blocks
+from rest_mega.sync.export import copy_side_files
+from rest_mega.sync.load import open_rows
+from rest_mega.sync.moving import Mover, dtype_name, read_back
+from rest_mega.sync.names import hf_names, hf_shape
+from rest_mega.sync.places import Place, Places, find_places
+from rest_mega.sync.safetensors_files import SHARD_BYTES, Entry, SafetensorsFile, plan, write_index
+from rest_mega.sync.torch_dist import TorchDistRows, TorchDistWriter, is_torch_dist
+from rest_mega.trainer.checkpoint_files import STATE, damage, damaged_file, read_manifest
+from rest_mega.trainer.model import Architecture, read_architecture
+from rest_mega.trainer.parallel import Parallel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversion, its inputs checked."""
+
+    source: Path
+    target: Path
+    model: Path
+    """The Hugging Face folder with config.json, tokenizer and chat template."""
+    architecture: Architecture
+    dtype: torch.dtype | None = None
+    """Of the result; None: as the source has it."""
+    verify: bool = True
+    shard_bytes: int = SHARD_BYTES
+    quiet: bool = False
+
+    @property
+    def to_torch_dist(self) -> bool:
+        """The direction."""
+        return not is_torch_dist(self.source)
+
+
+def prepare(source: Path, target: Path, model: Path | None = None, **settings: Any) -> Job:
+    """Find out what is to be done; ConfigError when folders are not what they should be."""
+    require(source.is_dir(), f"{source} is no folder; name a checkpoint folder")
+    require(
+        not target.exists(),
+        f"{target} exists already; move it away or name another folder",
+    )
+    model = model or model_folder(source)
+    architecture = read_architecture(str(model))
+    return Job(source, target, model, architecture, **settings)
+
+
+def model_folder(source: Path) -> Path:
+    """The folder with the config.json that belongs to a checkpoint: its own, or the `model.path` of
+    the run that saved it."""
+    if (source / "config.json").is_file():
+        return source
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        state = json.loads((source / "run_state.json").read_text())
+        path = Path(state["config"]["model"]["path"])
+        if (path / "config.json").is_file():
+            return path
+    raise ConfigError(
+        f"{source} has no config.json, nor does it name a run's model that is here; give the "
+        "Hugging Face folder of its architecture with --model"
+    )
+
+
+def convert(job: Job, parallel: Parallel) -> None:
+    """Write the target, verify it, rename it into place; `parallel` is that of a single process.
+
+    ConfigError when the source is damaged or holds other tensors than its config.json promises, or
+    when the result does not read back as it was written.
+    """
+    known = manifest.check(job.source, job.architecture)
+    if (job.source / STATE).is_file():
+        _check_runs_own(job.source, contents=job.verify)
+    places = find_places(job.architecture, parallel)
+    rows = _open(job.source, job.architecture, places)
+    with _appearing(job.target) as partial:
+        mover = Mover(rows, job.architecture, job.quiet)
+        dtypes = (
+            _write_torch_dist(job, places, mover, partial)
+            if job.to_torch_dist
+            else _write_safetensors(job, mover, partial)
+        )
+        read, written = mover.finish()
+        if known is not None:
+            _compare(job.source, "was damaged since its conversion", _sums(known), read)
+        if job.verify:
+            back = read_back(_open(partial, job.architecture, places), job.architecture, job.quiet)
+            _compare(job.target, "does not read back as it was written", written, back)
+        tensors = {
+            name: {
+                "shape": list(hf_shape(name, job.architecture)),
+                "source": {"dtype": dtype_name(rows.dtype(name)), "checksum": read[name]},
+                "result": {"dtype": dtype_name(dtypes[name]), "checksum": written[name]},
+            }
+            for name in hf_names(job.architecture)
+        }
+        copy_side_files([job.model], partial, _main_dtype(dtypes))
+        manifest.write(partial, job.source, job.architecture, tensors)
+
+
+def check(folder: Path, parallel: Parallel, *, quiet: bool = False) -> int:
+    """Compare every byte of a converted checkpoint with its manifest; the number of tensors."""
+    architecture = read_architecture(str(folder))
+    known = manifest.check(folder, architecture)
+    if known is None:
+        raise ConfigError(f"{folder} has no {manifest.NAME}; only conversions can be checked")
+    found = read_back(
+        _open(folder, architecture, find_places(architecture, parallel)), architecture, quiet
+    )
+    _compare(folder, "was damaged since its conversion", _sums(known), found)
+    return len(found)
+
+
+def _check_runs_own(folder: Path, *, contents: bool) -> None:
+    """ConfigError when a run's checkpoint differs from the manifest that the run wrote."""
+    problem = damage(folder)
+    if not problem and contents:
+        problem = damaged_file(folder, read_manifest(folder))
+    require(not problem, f"{problem}; convert the checkpoint before it")
+
+
+def _open(folder: Path, architecture: Architecture, places: Places) -> Rows:
+    return (
+        TorchDistRows(folder, places) if is_torch_dist(folder) else open_rows(folder, architecture)
+    )
+
+
+@contextlib.contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when all went well and is removed otherwise."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        os.replace(partial, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sums(known: Mapping[str, Any]) -> dict[str, str]:
+    return {name: tensor["result"]["checksum"] for name, tensor in known["tensors"].items()}
+
+
+def _compare(folder: Path, what: str, want: Mapping[str, str], found: Mapping[str, str]) -> None:
+    wrong = [n for n in sorted(want.keys() | found.keys()) if want.get(n) != found.get(n)]
+    if wrong:
+        raise ConfigError(
+            f"{folder} {what}: {wrong[:5]} ({len(wrong)} tensors in all) differ; "
+            f"{manifest.REMEDY}; should it happen again, test the disk and the memory"
+        )
+
+
+def _main_dtype(dtypes: Mapping[str, torch.dtype]) -> str:
+    names = [dtype_name(dtype) for dtype in dtypes.values()]
+    return max(set(names), key=names.count)
+
+
+# ------------------------------------------------------------------ the two directions
+
+
+def _write_torch_dist(
+    job: Job, places: Places, mover: Mover, folder: Path
+) -> dict[str, torch.dtype]:
+    """Block after block of every parameter; the dtype of each Hugging Face tensor in it."""
+    dtypes = _key_dtypes(places, mover, job.dtype)
+    writer, buffer = TorchDistWriter(folder), Buffer()
+    for place in places.parameters:
+        for start, stop in blocks(place.shape, dtypes[place.key]):
+            block = buffer.take((stop - start, *place.shape[1:]), dtypes[place.key])
+            _fill_block(place, start, block, mover)
+            writer.add(place, start, block)
+            mover.settle()
+    for key, value in places.objects:
+        writer.add_object(key, value)
+    writer.finish()
+    return {p.hf_name: dtypes[place.key] for place in places.parameters for p in place.pieces}
+
+
+def _key_dtypes(places: Places, mover: Mover, wanted: torch.dtype | None) -> dict[str, torch.dtype]:
+    """A key's tensor has one dtype: the wanted one, or one that holds all its pieces exactly."""
+    parts: dict[str, list[torch.dtype]] = {}
+    for place in places.parameters:
+        parts.setdefault(place.key, []).extend(mover.dtype(p.hf_name) for p in place.pieces)
+    return {
+        key: wanted or functools.reduce(torch.promote_types, dtypes)
+        for key, dtypes in parts.items()
+    }
+
+
+def _fill_block(place: Place, start: int, block: torch.Tensor, mover: Mover) -> None:
+    """Rows of a parameter from `start` on: parts of its pieces, then padding."""
+    row, stop = 0, start + block.shape[0]
+    for piece in place.pieces:
+        length = piece.stop - piece.start
+        low, high = max(start, row), min(stop, row + length)
+        if low < high:
+            mover.fill(piece.hf_name, piece.start + low - row, block[low - start : high - start])
+        row += length
+    block[max(row - start, 0) :] = 0
+
+
+def _write_safetensors(job: Job, mover: Mover, folder: Path) -> dict[str, torch.dtype]:
+    """File after file, tensor after tensor; the dtype of each."""
+    dtypes = {name: job.dtype or mover.dtype(name) for name in mover.names()}
+    entries = [Entry(n, hf_shape(n, job.architecture), dtype) for n, dtype in dtypes.items()]
+    files, buffer = plan(entries, job.shard_bytes), Buffer()
+    for file, group in files.items():
+        out = SafetensorsFile(folder / file, group)
+        for entry in group:
+            for start, stop in blocks(entry.shape, entry.dtype):
+                block = buffer.take((stop - start, *entry.shape[1:]), entry.dtype)
+                mover.fill(entry.name, start, block)
+                out.write(block)
+                mover.settle()
+        out.close()
+    names = {file: [entry.name for entry in group] for file, group in files.items()}
+    write_index(folder, names, sum(entry.nbytes for entry in entries))
+    return dtypes
