@@ -53,7 +53,7 @@ class EmbeddedEngine:
     @torch.no_grad()
     def load_parameters(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
         """Copy every tensor into the model; ValueError for an unknown, missing or misshapen one."""
-        targets = _named_as_files(self._model)
+        targets = named_as_files(self._model)
         left = set(targets)
         for name, tensor in tensors:
             target = targets.get(name)
@@ -131,7 +131,7 @@ class EmbeddedEngine:
         )
 
 
-def _named_as_files(model: Any) -> dict[str, torch.Tensor]:
+def named_as_files(model: Any) -> dict[str, torch.Tensor]:
     """The model's parameters under the names of checkpoint files, where every expert has tensors of
     its own; transformers holds all experts of a layer in one tensor."""
     mixtral = model.config.model_type == "mixtral"

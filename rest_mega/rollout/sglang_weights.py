@@ -36,10 +36,12 @@ def expected_shapes(path: str) -> dict[str, tuple[int, ...]]:
     taken."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from rest_mega.rollout.embedded_engine import named_as_files
+
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in named_as_files(model).items()}
 
 
 def checked(
@@ -139,7 +141,8 @@ class Kept:
 class Checksums:
     """The checksums that a server on a CPU with one tensor rank reports once it holds these
     tensors (SGLang's utils/weight_checker.py): the first 8 bytes of the SHA-256 of each parameter,
-    q, k, v and gate, up joined, embeddings padded."""
+    q, k, v and gate, up joined, embeddings padded. Experts, which the server stores in a layout of
+    its own, are left out."""
 
     def __init__(self) -> None:
         self.sums: dict[str, str] = {}
@@ -151,6 +154,8 @@ class Checksums:
             self._add(name, tensor)
 
     def _add(self, name: str, tensor: torch.Tensor) -> None:
+        if ".experts." in name:
+            return
         head, _, last = name.rpartition(".")
         module, _, projection = head.rpartition(".")
         if projection not in _FUSED:

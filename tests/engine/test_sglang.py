@@ -155,7 +155,8 @@ def test_the_trainer_scores_what_it_published_over_each_transport(
         make_engine, folder=tmp_path, urls=tuple(servers.urls), transport=transport, end=(3,)
     )
     layout = ParallelConfig(tensor=2)
-    for answer in run_ranks(gaps, 2, MODEL, read_architecture(MODEL), layout, attach):
+    architecture = read_architecture(MODEL)
+    for answer in run_ranks(gaps, 2, MODEL, architecture, layout, attach, timeout=600):
         assert answer["versions"] == [0, 1]
         assert max(answer["gaps"]) < TOLERANCE
         assert answer["moved"] > 0.01  # the second round's log-probs are those of other weights
