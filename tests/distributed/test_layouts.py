@@ -107,7 +107,12 @@ CASES = [(family, name) for family, layouts in LAYOUTS.items() for name in layou
 # ------------------------------------------------------------------ ours
 
 
-def three_steps(path: str, architecture: Any, one: Layout) -> dict[str, Any]:
+def three_steps(
+    path: str,
+    architecture: Any,
+    one: Layout,
+    model: ModelConfig = ModelConfig(),  # noqa: B008  # frozen
+) -> dict[str, Any]:
     """What a fresh trainer measures in each step, its first gradients and its last parameters."""
     from rest_mega.credit import weights as credit
     from rest_mega.sync.load import load, open_source
@@ -118,7 +123,7 @@ def three_steps(path: str, architecture: Any, one: Layout) -> dict[str, Any]:
     trainer = Trainer(
         architecture,
         place,
-        model=ModelConfig(),
+        model=model,
         optimizer=OptimizerConfig(**(vars(ADAM) | {"distributed": one.distributed})),
         loss=LOSS,
         packing=PackingConfig(tokens=one.tokens),

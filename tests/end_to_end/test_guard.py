@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     good(start(1, "train", made.config, *QUICK, "rollout.record=true"))
     rows = recorded(made.dir / "rollouts")
     for row in rows:
-        if row["version"] == 1:
+        if row["versions"][0] == 1:
             row["logprobs"][::3] = [float(np.float32(x - WRONG)) for x in row["logprobs"][::3]]
     (made.root / "wrong").mkdir()
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -114,7 +114,7 @@ def test_the_dump_holds_every_token_with_both_log_probs(run: Run, stopped: Ended
     regions_R = a["regions_T"][a["mask_T"]]
     for name, mean in gap["regions"].items():
         assert mean == pytest.approx(np.abs(gap_T[regions_R == Region[name]]).mean(), rel=1e-4)
-    want = [row for row in recorded(run.root / "wrong") if row["version"] == 1]
+    want = [row for row in recorded(run.root / "wrong") if row["versions"][0] == 1]
     assert recorded(dump) == want
 
 
