@@ -3,6 +3,7 @@ on every rank, and the lead's view of what it played."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -73,6 +74,17 @@ def rollout_seed(seed: int, step: int, number: int) -> tuple[object, ...]:
     return ("train", seed, step) if number == 0 else ("train", seed, step, number)
 
 
+def occurrences(ids: Sequence[str]) -> list[int]:
+    """How often each id stands before it in the list: a draw across the end of an epoch may hold a
+    prompt twice."""
+    seen: Counter[str] = Counter()
+    found = []
+    for one in ids:
+        found.append(seen[one])
+        seen[one] += 1
+    return found
+
+
 def play_step(session: Session, stream: PromptStream, step: int) -> Rollout | None:
     """Draw the step's prompts and play them; None on every rank when a stop was asked for. Every
     rank draws the same prompts and takes its replica's share. Collective.
@@ -101,7 +113,8 @@ def _play_round(s: Session, prompts: list[Prompt], step: int, number: int) -> _R
     if s.collector is not None:
         sampling = Sampling(s.config.rollout.temperature, s.config.rollout.top_p)
         seed = rollout_seed(s.config.run.seed, step, number)
-        groups = s.collector.collect(prompts[mine], siblings, sampling, seed)
+        first_P = [siblings * n for n in occurrences([prompt.id for prompt in prompts])]
+        groups = s.collector.collect(prompts[mine], siblings, sampling, seed, first_P[mine])
         if groups is not None:
             rewards_PG, parts = s.inputs.rubric(groups, step)
     whole_PG = share_rewards(s.place, rewards_PG, len(prompts), siblings, s.stop())

@@ -101,14 +101,27 @@ class Collector:
         self._side_by_side = threading.BoundedSemaphore(limits.parallel_episodes)
 
     def collect(
-        self, prompts: Sequence[Prompt], siblings: int, sampling: Sampling, seed: object
+        self,
+        prompts: Sequence[Prompt],
+        siblings: int,
+        sampling: Sampling,
+        seed: object,
+        first_P: Sequence[int] | None = None,
     ) -> list[list[Trajectory]] | None:
         """`siblings` trajectories of every prompt, [P][G]; None when a stop was asked for.
+
+        `first_P`: number of each prompt's first sibling, 0 unless given: a prompt that is drawn
+        twice is played anew under other numbers.
 
         `seed` with a prompt's id, the sibling and the turn decides what is sampled, whatever else
         is in the batch.
         """
-        episodes = [e for prompt in prompts for e in self._open(prompt, siblings)]
+        firsts = first_P if first_P is not None else [0] * len(prompts)
+        episodes = [
+            e
+            for prompt, first in zip(prompts, firsts, strict=True)
+            for e in self._open(prompt, range(first, first + siblings))
+        ]
         stopped = self._stop()
 
         def follow(index: int, done: Completion) -> Request | None:
@@ -127,10 +140,11 @@ class Collector:
         trajectories = [self._close(e) for e in episodes]
         return [trajectories[i : i + siblings] for i in range(0, len(trajectories), siblings)]
 
-    def _open(self, prompt: Prompt, siblings: int) -> list[_Episode]:
-        tools = [_open_tools(self._tools, prompt) for _ in range(siblings)]
+    def _open(self, prompt: Prompt, numbers: Sequence[int]) -> list[_Episode]:
+        tools = [_open_tools(self._tools, prompt) for _ in numbers]
         ids = _prompt_ids(prompt, tools[0], self._chat, self._config.max_tokens)
-        return [_Episode(prompt, g, one, Ledger(ids)) for g, one in enumerate(tools)]
+        pairs = zip(numbers, tools, strict=True)
+        return [_Episode(prompt, number, one, Ledger(ids)) for number, one in pairs]
 
     def _request(self, episode: _Episode, seed: object) -> Request:
         room = self._config.max_tokens - len(episode.ledger)

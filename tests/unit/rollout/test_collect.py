@@ -122,6 +122,14 @@ def test_no_call_is_answered_in_the_environment_none() -> None:
     assert len(play(call(5), environment="none").turns[0].calls) == 1
 
 
+def test_a_prompt_that_is_drawn_twice_is_played_by_other_siblings() -> None:
+    scripts = {("a", number): [str(number)] for number in range(4)}
+    both = [prompt("a"), prompt("a")]
+    groups = collector(ScriptedEngine(scripts)).collect(both, 2, Sampling(), SEED, [0, 2])
+    assert groups is not None
+    assert [[t.turns[0].text for t in group] for group in groups] == [["0", "1"], ["2", "3"]]
+
+
 def test_siblings_keep_their_places_and_their_own_environment() -> None:
     scripts = {
         ("a", 0): ["4"], ("a", 1): [call(1), call(1), "2"],
