@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +21,7 @@ from rest_mega.config import ConfigError
 TAIL = 2000
 """Characters of a server's log that an error shows."""
 
-# Runs before SGLang in the same process: asks the kernel for SIGKILL when the thread that started
-# it is gone (PR_SET_PDEATHSIG = 1; SGLang does the same for its own children), then becomes SGLang.
-_LEASH = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
-    "os.getppid() == int(sys.argv[1]) or sys.exit(1); "
-    "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
-)
+LEASH = Path(__file__).with_name("sglang_leash.py")
 
 
 def server_words(arguments: Mapping[str, Any]) -> list[str]:
@@ -87,23 +82,23 @@ class Server:
             self._environment.setdefault("SGLANG_USE_CPU_ENGINE", "1")
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("a") as log:
-            self._process = self._open([self._python, "-c", _LEASH, str(os.getpid()), *words], log)
+            self._process = self._open(words, log)
 
     def _open(self, words: list[str], log: TextIO) -> subprocess.Popen[bytes]:
-        try:
-            return subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=launch.child_environment(self._environment),
-                start_new_session=True,  # a Ctrl-C is for the run, which then ends its servers
-            )
-        except OSError as error:
+        python = shutil.which(self._python)
+        if python is None:
             raise ConfigError(
-                f"rollout.sglang.python={self._python!r} cannot be run ({error}); name the Python "
+                f"rollout.sglang.python={self._python!r} cannot be run; name the Python "
                 "interpreter of the environment that sglang is installed in"
-            ) from error
+            )
+        return subprocess.Popen(
+            [sys.executable, str(LEASH), str(os.getpid()), python, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=launch.child_environment(self._environment),
+            start_new_session=True,  # a Ctrl-C is for the run, which then ends its servers
+        )
 
     @property
     def alive(self) -> bool:

@@ -91,7 +91,8 @@ def test_a_stubborn_server_and_its_children_are_ended(tmp_path: Path) -> None:
 
 
 def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
-    environment = package(tmp_path, "import time\ntime.sleep(600)\n")
+    body = "import os, time\nprint(os.fork(), flush=True)\ntime.sleep(600)\n"
+    environment = package(tmp_path, body)
     code = (
         "import sys, time; from pathlib import Path\n"
         "from rest_mega.rollout.sglang_server import Server\n"
@@ -104,10 +105,13 @@ def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.stdout is not None
     pid = int(run.stdout.readline())
-    wait_for(lambda: "launch_server" in Path(f"/proc/{pid}/cmdline").read_text())
+    log = tmp_path / "log"
+    wait_for(lambda: log.exists() and len(log.read_text().split()) == 2)
+    child = max(map(int, log.read_text().split()))  # one that does not listen for its parent's end
     run.send_signal(signal.SIGKILL)
     run.wait()
     wait_for(lambda: gone(pid))
+    wait_for(lambda: gone(child))
 
 
 def test_a_server_is_no_rank_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
