@@ -33,12 +33,18 @@ class Player:
         self.calls, self._stops_at = 0, stops_at
 
     def collect(
-        self, prompts: Sequence[Prompt], siblings: int, sampling: Any, seed: object
+        self,
+        prompts: Sequence[Prompt],
+        siblings: int,
+        sampling: Any,
+        seed: object,
+        first_P: Sequence[int],
     ) -> list[list[Trajectory]] | None:
         self.calls += 1
         if self.calls == self._stops_at:
             return None
-        return [[_trajectory(p, g, seed) for g in range(siblings)] for p in prompts]
+        pairs = zip(prompts, first_P, strict=True)
+        return [[_trajectory(p, first + g, seed) for g in range(siblings)] for p, first in pairs]
 
 
 def _trajectory(prompt: Prompt, sibling: int, seed: object) -> Trajectory:
@@ -178,7 +184,7 @@ def test_a_round_draws_what_is_missing_and_the_next_prompts_of_the_stream(
         assert step["grades"] == [reward for _, _, _, _, reward, _, _ in step["played"]]
         assert step["stream"] == stream.state()
     assert sum(step["counts"]["groups/resampled"] for step in alone[name]) > 0
-    assert (short > 0) == (name == "one round")  # chance has it so with these rewards
+    assert short > 0 or name != "one round"  # a step that stays short is among them
 
 
 def test_a_prompt_that_comes_again_in_a_later_round_is_played_anew(alone: dict[str, Any]) -> None:
