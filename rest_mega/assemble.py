@@ -120,8 +120,8 @@ def _check_checkpoint(config: RunConfig, verb: str) -> None:
     if config.run.fresh and verb != "eval":
         return
     found = newest(run_dir)
-    _refuse_if_damaged(run_dir, found, [damage(folder) for folder in candidates(run_dir)])
     if found is None:
+        _refuse_if_damaged(run_dir, found, [damage(folder) for folder in candidates(run_dir)])
         return
     state = read_state(found)
     remedy = "use another run.dir, or start anew with run.fresh=true"

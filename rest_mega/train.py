@@ -110,9 +110,10 @@ class Loop:
         parts = s.trainer.rows.credit_tokens(parts, scores, weights, rule)
         with s.phase("train"):
             results = [s.trainer.step(*part) for part in zip(parts, scores, weights, strict=True)]
-        seen = s.trainer.rows.region_sums(parts, scores, len(Region))
-        # What only the training pass has seen (loss.scoring=false) is for the next step.
-        self.entropy.update(seen[0] - scored[0], seen[1] - scored[1])
+        seen = scored
+        if not config.loss.scoring:  # only the training pass has seen entropies: for the next step
+            seen = s.trainer.rows.region_sums(parts, scores, len(Region))
+            self.entropy.update(*seen)
         pulls = s.trainer.rows.pull_sums(parts, weights, len(Region))
         metrics = step_metrics(results) | credit_metrics(*seen, *pulls, raw_K, running_K)
         metrics |= s.place.merge({**rollout_metrics(rollout.view), **kl}) | rollout.counts | watched

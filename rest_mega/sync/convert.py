@@ -31,7 +31,13 @@ from rest_mega.sync.names import hf_names, hf_shape
 from rest_mega.sync.places import Place, Places, find_places
 from rest_mega.sync.safetensors_files import SHARD_BYTES, Entry, SafetensorsFile, plan, write_index
 from rest_mega.sync.torch_dist import TorchDistRows, TorchDistWriter, is_torch_dist
-from rest_mega.trainer.checkpoint_files import STATE, damage, damaged_file, read_manifest
+from rest_mega.trainer.checkpoint_files import (
+    STATE,
+    damage,
+    damaged_file,
+    read_manifest,
+    sync_to_disk,
+)
 from rest_mega.trainer.model import Architecture, read_architecture
 from rest_mega.trainer.parallel import Parallel
 
@@ -159,20 +165,12 @@ def _appearing(target: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
+            sync_to_disk(file)
+        sync_to_disk(partial)
         os.replace(partial, target)
-        _sync(target.parent)
+        sync_to_disk(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sums(known: Mapping[str, Any]) -> dict[str, str]:
