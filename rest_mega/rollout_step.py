@@ -23,7 +23,7 @@ from rest_mega.records import Bools, Prompt, Reals, Sample, Trajectory
 from rest_mega.rollout.bank import Shelf
 from rest_mega.rollout.collect import Collector
 from rest_mega.rollout.engine import Sampling
-from rest_mega.rollout.episode import Group, Row, is_over, key_of, row_of
+from rest_mega.rollout.episode import Group, Row, is_over, key_of_row, row_of
 from rest_mega.session import Session
 from rest_mega.trainer.exchange import share_rewards, share_samples
 
@@ -107,7 +107,8 @@ class Rollouts:
 
     def unfinished(self) -> list[dict[str, Any]]:
         """What this lead carries into the next step, as a checkpoint keeps it."""
-        return [row_of(member, group.seed) for group in self._carried for member in group.members]
+        mine = {"replica": [self._s.place.data_rank, self._s.place.data_size]}
+        return [row_of(m, group.seed) | mine for group in self._carried for m in group.members]
 
     def play(self, step: int) -> Rollout | None:
         """Draw the step's prompts and play them; None on every rank when a stop was asked for: the
@@ -223,19 +224,20 @@ def _complete(pool: Sequence[Group], rows: Mapping[str, Row], need: int) -> bool
 
 def _restored(s: Session, rows: Sequence[Row]) -> list[Group]:
     """The groups of a checkpoint that fall to this replica, as far as their prompts are still
-    there."""
+    there: its own, or, with another number of replicas, every n-th."""
     assert s.collector is not None
+    place, siblings = s.place, s.config.rollout.samples_per_prompt
     prompts = {prompt.id: prompt for prompt in s.inputs.train}
-    siblings = s.config.rollout.samples_per_prompt
-    firsts = sorted({(row["seed"], row["prompt"], row["sibling"] // siblings) for row in rows})
-    mine = firsts[s.place.data_rank :: s.place.data_size]
+    as_before = all(row["replica"][1] == place.data_size for row in rows)
+    own = [row for row in rows if row["replica"][0] == place.data_rank] if as_before else rows
+    names = dict.fromkeys((r["seed"], r["prompt"], r["sibling"] // siblings) for r in own)
+    mine = list(names) if as_before else list(names)[place.data_rank :: place.data_size]
     groups = [
         s.collector.open(prompts[name], siblings, seed, siblings * number)
         for seed, name, number in mine
         if name in prompts
     ]
-    by_key = {key_of(row["seed"], row["prompt"], row["sibling"]): row for row in rows}
-    s.collector.restore(groups, by_key)
+    s.collector.restore(groups, {key_of_row(row): row for row in rows})
     return groups
 
 

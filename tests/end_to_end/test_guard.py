@@ -6,13 +6,15 @@ import json
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from rest_mega.dialects import Region
 from rest_mega.nonfinite import NONFINITE
+from rest_mega.records import Prompt, Trajectory
+from rest_mega.rollout.bank import ReadOnlyBank, write_rows
+from rest_mega.rollout.episode import Row, row_of, trajectory_of
 from tests.support.runs import Ended, Run, make_run, start
 
 pytestmark = pytest.mark.distributed
@@ -32,26 +34,36 @@ def weights(folder: Path) -> bytes:
     return (folder / "hf" / "model.safetensors").read_bytes()
 
 
-def recorded(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the recordings in a folder, in an order of their own."""
-    rows = [json.loads(x) for f in folder.glob("*.jsonl") for x in f.read_text().splitlines()]
-    return sorted(rows, key=lambda row: row["key"])
+def banked(folder: Path, step: int) -> list[Trajectory]:
+    """The trajectories that were kept for a step, in an order of their own."""
+    rows = ReadOnlyBank(folder).shelf(step).rows
+    return [trajectory_of(rows[key], Prompt(rows[key]["prompt"], ())) for key in sorted(rows)]
+
+
+def same(ones: list[Trajectory], others: list[Trajectory]) -> None:
+    for one, other in zip(ones, others, strict=True):
+        assert (one.prompt, one.sibling, one.turns) == (other.prompt, other.sibling, other.turns)
+        for name in ("ids_T", "logprobs_T", "turn_T", "version_T"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Two steps that were recorded, and a copy of the recording with wrong log-probs in step
-    two."""
+    """Two steps whose bank was kept, and a copy of the bank with wrong log-probs in step two."""
     made = make_run(tmp_path_factory.mktemp("run"))
     good(start(1, "train", made.config, *QUICK, "rollout.record=true"))
-    rows = recorded(made.dir / "rollouts")
-    for row in rows:
-        if row["versions"][0] == 1:
-            row["logprobs"][::3] = [float(np.float32(x - WRONG)) for x in row["logprobs"][::3]]
-    (made.root / "wrong").mkdir()
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (made.root / "wrong" / "all.jsonl").write_text(text)
+    wrong = made.root / "wrong"
+    shutil.copytree(made.dir / "bank", wrong)
+    rows = ReadOnlyBank(wrong).shelf(2).rows
+    write_rows(wrong, 2, 0, [mistaken(row) for row in rows.values()])
     return made
+
+
+def mistaken(row: Row) -> Row:
+    """Every third sampled token's log-prob is wrong."""
+    t = trajectory_of(row, Prompt(row["prompt"], ()))
+    t.logprobs_T[np.flatnonzero(t.mask_T)[::3]] -= np.float32(WRONG)
+    return row_of(t, row["seed"])
 
 
 def replay(run: Run, folder: Path, *more: str, ranks: int = 1) -> list[Ended]:
@@ -114,8 +126,7 @@ def test_the_dump_holds_every_token_with_both_log_probs(run: Run, stopped: Ended
     regions_R = a["regions_T"][a["mask_T"]]
     for name, mean in gap["regions"].items():
         assert mean == pytest.approx(np.abs(gap_T[regions_R == Region[name]]).mean(), rel=1e-4)
-    want = [row for row in recorded(run.root / "wrong") if row["versions"][0] == 1]
-    assert recorded(dump) == want
+    same(banked(dump / "bank", 2), banked(run.root / "wrong", 2))
 
 
 def test_the_command_of_the_message_takes_the_step_that_would_have_been_taken(
@@ -138,7 +149,7 @@ def test_two_replicas_dump_their_shares_of_the_same_batch(
     assert [rank.code for rank in ended] == [3, 3], ended[0].err
     assert sum("to play the step again: torchrun" in rank.err for rank in ended) == 1
     one, two = (d / "dumps" / "step_2" for d in (run.root / "stopped", tmp_path / "two"))
-    assert recorded(two) == recorded(one)
+    same(banked(two / "bank", 2), banked(one / "bank", 2))
     gaps = [json.loads((dump / "gap.json").read_text()) for dump in (one, two)]
     assert gaps[1]["gap"]["mean"] == pytest.approx(gaps[0]["gap"]["mean"], rel=1e-4)
     shares = [json.loads((two / f"trajectories_{r}.json").read_text()) for r in (0, 1)]
@@ -150,7 +161,7 @@ def test_two_replicas_dump_their_shares_of_the_same_batch(
 
 def blown_up(run: Run, folder: Path, *more: str) -> Ended:
     """Step one takes the parameters out of range; step two is replayed on them."""
-    words = ("optimizer.lr=1e30", f"rollout.replay={run.dir / 'rollouts'}", *OFF, *more)
+    words = ("optimizer.lr=1e30", f"rollout.replay={run.dir / 'bank'}", *OFF, *more)
     return replay(run, folder, *words)[0]
 
 

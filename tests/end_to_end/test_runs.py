@@ -219,7 +219,7 @@ def test_when_no_checkpoint_is_intact_nothing_is_begun_anew(run: Run, tmp_path: 
 def test_what_one_lead_alone_finds_ends_all_ranks(run: Run, tmp_path: Path) -> None:
     words = ("rollout.engine=replay", f"rollout.replay={tmp_path}", f"run.dir={tmp_path / 'run'}")
     message = one_message(start(2, "train", run.config, TP2, *words))
-    assert "holds no *.jsonl" in message
+    assert "holds no step_*.jsonl" in message
 
 
 # ------------------------------------------------------------------ sft

@@ -216,6 +216,35 @@ def test_turns_that_an_update_interrupts_go_on_under_the_new_version(
         assert np.abs(old - new).max() > 100 * TOLERANCE
 
 
+def test_turns_that_are_cut_short_because_there_is_enough_go_on_later(
+    servers: SglangEngine, model: Any
+) -> None:
+    """The shortest of nine episodes ends the first play; the second begins where it stopped."""
+    servers.load_parameters(model.named_parameters(), 7)
+    requests = [*asked(8, 300), *asked(1, 20)]
+    done: dict[int, Completion] = {}
+    servers.play(requests, Sampling(), done.__setitem__, lambda: 8 in done)
+    assert sorted(done) == list(range(9))
+    assert not done[8].aborted
+    assert sum(len(done[i].ids_T) for i in range(8)) > 8
+    other = moved(model, 1.02)
+    servers.load_parameters(other.named_parameters(), 8)
+    for index in range(8):
+        begun, request = done[index], requests[index]
+        assert begun.aborted
+        assert len(begun.ids_T) < 300
+        ids_T = np.concatenate([request.ids_T, begun.ids_T])
+        (rest,) = servers.generate([Request(ids_T, 300 - len(begun.ids_T), 0)], Sampling())
+        whole = begun.then(rest)
+        assert len(whole.ids_T) == 300
+        ids_T = np.concatenate([request.ids_T, whole.ids_T])
+        old, new = (scores(m, ids_T)[len(request.ids_T) - 1 :] for m in (model, other))
+        want = np.where(np.arange(300) < len(begun.ids_T), old, new)
+        np.testing.assert_allclose(whole.logprobs_T, want, atol=TOLERANCE)
+        assert set(begun.version_T) <= {7}
+        assert set(rest.version_T) == {8}
+
+
 def test_what_would_end_a_server_is_refused_and_the_servers_live_on(
     servers: SglangEngine, model: Any
 ) -> None:
