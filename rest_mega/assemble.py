@@ -124,12 +124,20 @@ def _prompts(config: RunConfig, verb: str) -> tuple[list[Prompt], list[Prompt]]:
 def _check_checkpoint(config: RunConfig, verb: str) -> None:
     """ConfigError when the checkpoint that this run would resume from is damaged or another
     run's."""
-    run_dir = Path(config.run.dir)
-    if config.run.fresh and verb != "eval":
-        return
-    found = newest(run_dir)
-    if found is None:
+    run_dir, load_from = Path(config.run.dir), Path(config.run.load)
+    fresh = config.run.fresh and verb != "eval"
+    found = None if fresh else newest(run_dir)
+    if found is None and not fresh:
         _refuse_if_damaged(run_dir, found, [damage(folder) for folder in candidates(run_dir)])
+    if found is None and config.run.load:
+        found = newest(load_from)
+        require(
+            found is not None,
+            f"run.load={str(load_from)!r} is neither a checkpoint nor a run directory with an "
+            f"intact one{_first([damage(folder) for folder in candidates(load_from)])}; name "
+            "RUN or RUN/checkpoints/step_NNNNNNNN",
+        )
+    if found is None:
         return
     state = read_state(found)
     remedy = "use another run.dir, or start anew with run.fresh=true"
@@ -145,6 +153,10 @@ def _check_checkpoint(config: RunConfig, verb: str) -> None:
             new == old,
             f"{key}={new!r} contradicts the checkpoint {found}, made with {old!r}; {remedy}",
         )
+
+
+def _first(problems: Sequence[str]) -> str:
+    return f" ({problems[0]})" if problems else ""
 
 
 def _refuse_if_damaged(run_dir: Path, found: Path | None, problems: Sequence[str]) -> None:
@@ -220,6 +232,8 @@ def _open(
         place, lambda: RunDirectory(run_dir, fresh=config.run.fresh) if claim else None
     )
     found, damaged = checkpoint.find_intact(place, run_dir)
+    if found is None and not damaged and config.run.load:
+        found, damaged = checkpoint.find_intact(place, Path(config.run.load))
     _together(place, lambda: _refuse_if_damaged(run_dir, found, damaged))
     resumed: Mapping[str, Any] = {}
     if found is not None:

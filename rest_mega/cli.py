@@ -24,6 +24,10 @@ VERBS = {
 
 OWN_WORDS = {
     "convert": ("rest_mega.convert", "Hugging Face <-> Megatron checkpoint: SOURCE TARGET"),
+    "replay": (
+        "rest_mega.replay",
+        "a step of a run once more, from its kept episodes: RUN --step N",
+    ),
 }
 """Verbs without a config: their module's `main` reads what follows."""
 
@@ -44,6 +48,7 @@ MEGATRON_ALIASES = {
     "--clip-grad": "optimizer.clip_grad",
     "--seed": "run.seed",
     "--train-iters": "run.steps",
+    "--load": "run.load",
     "--fresh": "run.fresh",
 }
 """Megatron's own names (and --fresh); the flags among them stand for true."""
@@ -53,7 +58,6 @@ NO_COUNTERPART = {
     "--global-batch-size": "a step has rollout.prompts_per_step x rollout.samples_per_prompt "
     "trajectories",
     "--expert-tensor-parallel-size": "an expert is never cut: set parallel.expert",
-    "--load": "a run resumes from the newest checkpoint in run.dir; set run.dir",
     "--save": "checkpoints are written into run.dir; set run.dir",
 }
 """Names of Megatron's that many type, and what to write instead."""
@@ -68,7 +72,7 @@ verbs:
 {verbs}
 
 Relative paths are relative to the current directory. `rest-mega keys` lists every config key,
-`rest-mega convert --help` what follows that verb.
+`rest-mega convert --help` (and replay) what follows that verb.
 """
 
 
@@ -138,7 +142,7 @@ def read(words: Sequence[str]) -> tuple[str, RunConfig]:
             f"{verb} needs a config file: rest-mega {verb} CONFIG.yaml [section.key=value ...]"
         )
     tree = read_yaml(Path(rest[0]))
-    for key, value in _overrides(rest[1:]):
+    for key, value in overrides(rest[1:]):
         lay_over(tree, key, value)
     return verb, RunConfig.from_dict(tree)
 
@@ -187,7 +191,8 @@ def lay_over(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _overrides(words: list[str]) -> list[tuple[str, Any]]:
+def overrides(words: list[str]) -> list[tuple[str, Any]]:
+    """(key, value) of every section.key=value and of every option of Megatron's."""
     found: list[tuple[str, Any]] = []
     while words:
         word = words.pop(0)

@@ -859,6 +859,9 @@ class LoopConfig:
     max_nonfinite: int = 3
     """So many steps in a row may have a loss or gradients that are not finite (they are not
     applied, and their batch is kept in RUN/dumps); one more ends the run with exit code 4."""
+    load: str = ""
+    """Where to go on from while run.dir has no checkpoint: a checkpoint, or a run directory, whose
+    newest one is taken, with its optimizer, schedules and cursor (Megatron's --load)."""
     fresh: bool = False
     """Start anew, moving aside what the run directory holds; false: resume."""
 

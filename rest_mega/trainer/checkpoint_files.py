@@ -47,7 +47,10 @@ def step_of(folder: Path) -> int | None:
 
 
 def candidates(run_dir: Path) -> list[Path]:
-    """The checkpoints of the run, the highest step first, damaged ones too."""
+    """The checkpoints of the run, the highest step first, damaged ones too; of a folder that is a
+    checkpoint itself, it alone."""
+    if (run_dir / MANIFEST).is_file():
+        return [run_dir]
     found = {p: step_of(p) for p in (run_dir / "checkpoints").glob("step_*")}
     complete = [p for p, step in found.items() if step is not None]
     return sorted(complete, key=lambda p: (found[p] or 0, p.suffix != ".old"), reverse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,49 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return make_run(tmp_path_factory.mktemp("run"))
 
 
-def test_a_run_that_died_in_training_plays_no_episode_again(run: Run, tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    train(run, whole, *QUICK, "rollout.record=true")
+@pytest.fixture(scope="module")
+def whole(run: Run) -> Path:
+    """A run whose bank was kept."""
+    train(run, run.root / "whole", *QUICK, "rollout.record=true")
+    return run.root / "whole"
+
+
+def test_a_step_is_replayed_to_the_last_digit(run: Run, whole: Path, tmp_path: Path) -> None:
+    copy, verdicts = crashed(whole, tmp_path / "copy", 1), run.verdicts
+    (ended,) = start(1, "replay", copy, "--step", 3)  # two steps after the checkpoint
+    assert ended.code == 0, ended.err
+    assert "every metric is the same to the last digit" in ended.out
+    assert [r["step"] for r in run.measured(copy / "replays" / "step_3")] == [2, 3]
+    assert run.verdicts == verdicts
+    (ended,) = start(1, "replay", copy, "--step", 3, "optimizer.lr=1e-4")
+    assert ended.code == 1
+    assert re.search("train/lr .* in the run, .* in the replay", ended.out)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [(9, "step 9 of .* cannot be replayed: the checkpoint before it is of step 4"), (0, "from 1")],
+)
+def test_a_step_that_was_not_kept_is_refused(whole: Path, step: int, message: str) -> None:
+    (ended,) = start(1, "replay", whole, "--step", step)
+    assert ended.code == 2
+    assert re.search(message, ended.err)
+
+
+def test_a_run_goes_on_from_another_runs_checkpoint(run: Run, whole: Path, tmp_path: Path) -> None:
+    fork = tmp_path / "fork"
+    train(run, fork, *QUICK, f"run.load={whole / 'checkpoints' / 'step_00000002'}")
+    assert run.measured(fork) == run.measured(whole)[2:]
+    (ended,) = start(
+        1, "train", run.config, *QUICK, f"run.dir={tmp_path}/x", f"run.load={tmp_path}"
+    )
+    assert ended.code == 2
+    assert "is neither a checkpoint nor a run directory with an intact one" in ended.err
+
+
+def test_a_run_that_died_in_training_plays_no_episode_again(
+    run: Run, whole: Path, tmp_path: Path
+) -> None:
     copy, verdicts = crashed(whole, tmp_path / "copy", 2), run.verdicts
     train(run, copy, *QUICK, "rollout.record=true")
     assert run.verdicts == verdicts

@@ -236,10 +236,10 @@ def test_turns_that_are_cut_short_because_there_is_enough_go_on_later(
         ids_T = np.concatenate([request.ids_T, begun.ids_T])
         (rest,) = servers.generate([Request(ids_T, 300 - len(begun.ids_T), 0)], Sampling())
         whole = begun.then(rest)
-        assert len(whole.ids_T) == 300
+        assert len(whole.ids_T) == 300 or whole.finished
         ids_T = np.concatenate([request.ids_T, whole.ids_T])
         old, new = (scores(m, ids_T)[len(request.ids_T) - 1 :] for m in (model, other))
-        want = np.where(np.arange(300) < len(begun.ids_T), old, new)
+        want = np.where(np.arange(len(whole.ids_T)) < len(begun.ids_T), old, new)
         np.testing.assert_allclose(whole.logprobs_T, want, atol=TOLERANCE)
         assert set(begun.version_T) <= {7}
         assert set(rest.version_T) == {8}
