@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,6 +18,7 @@ from rest_mega.environments import load_modules
 from rest_mega.losses import head
 from rest_mega.records import Prompt
 from rest_mega.rewards import Rubric
+from rest_mega.rollout.bank import Bank, NoBank, ReadOnlyBank, stamp_of
 from rest_mega.rollout.collect import Collector, check_prompts
 from rest_mega.rollout.engine import Engine
 from rest_mega.run_directory import RunDirectory
@@ -26,7 +28,13 @@ from rest_mega.sync.export import Exporter
 from rest_mega.sync.load import Source, load, open_source
 from rest_mega.telemetry.reporter import Reporter
 from rest_mega.trainer import checkpoint, device, parallel
-from rest_mega.trainer.checkpoint_files import candidates, damage, newest, read_state
+from rest_mega.trainer.checkpoint_files import (
+    candidates,
+    damage,
+    newest,
+    read_episodes,
+    read_state,
+)
 from rest_mega.trainer.model import Architecture, read_architecture
 from rest_mega.trainer.trainer import Trainer
 from rest_mega.watchdog import Watchdog
@@ -218,8 +226,10 @@ def _open(
         restore = checkpoint.load if trains else checkpoint.load_parameters
         resumed = _together(place, lambda: restore(trainer, found))
     stop, leads = Stop(), rollouts and place.is_lead
-    engine = _together(place, lambda: _engine(config, inputs, place, trains) if leads else None)
+    engine = _together(place, lambda: _engine(config, inputs, place) if leads else None)
     collector = _collector(config, inputs, engine, stop) if engine is not None else None
+    bank = _together(place, lambda: _bank(config, place) if leads and verb == "train" else None)
+    carried = [json.loads(line) for line in read_episodes(found)] if bank and found else []
     reporter = Reporter(
         run_dir,
         config.telemetry,
@@ -248,10 +258,12 @@ def _open(
         reporter=reporter,
         engine=engine,
         collector=collector,
+        bank=bank,
         stop=stop,
         watchdog=watchdog,
         directory=directory,
         resumed=resumed,
+        carried=carried,
     )
 
 
@@ -279,7 +291,15 @@ def _trainer(
     return trainer
 
 
-def _engine(config: RunConfig, inputs: Inputs, place: parallel.Parallel, record: bool) -> Engine:
+def _bank(config: RunConfig, place: parallel.Parallel) -> Bank:
+    """Where the episodes of this lead are kept, or come from."""
+    rollout, folder = config.rollout, Path(config.run.dir) / "bank"
+    if rollout.engine == "replay":
+        return ReadOnlyBank(Path(rollout.replay))
+    return Bank(folder, stamp_of(config), place.data_rank) if rollout.bank else NoBank(folder)
+
+
+def _engine(config: RunConfig, inputs: Inputs, place: parallel.Parallel) -> Engine:
     from rest_mega.rollout.engines import make_engine
 
     run_dir, rollout = Path(config.run.dir), config.rollout
@@ -291,16 +311,11 @@ def _engine(config: RunConfig, inputs: Inputs, place: parallel.Parallel, record:
     )
     urls = sglang.urls[place.data_rank :: place.data_size]
     return make_engine(
-        dataclasses.replace(
-            rollout,
-            record=rollout.record and record,
-            sglang=dataclasses.replace(sglang, urls=urls),
-        ),
+        dataclasses.replace(rollout, sglang=dataclasses.replace(sglang, urls=urls)),
         model_path=config.model.path,
         dtype=config.model.dtype,
         tokenizer=inputs.tokenizer,
         device=place.device,
-        record_to=run_dir / "rollouts" / f"replica_{place.data_rank}.jsonl",
         folder=run_dir / "servers" / f"replica_{place.data_rank}",
     )
 

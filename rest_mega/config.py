@@ -405,7 +405,7 @@ class RolloutConfig:
 
     engine: str = "embedded"
     """embedded (transformers, in the lead's process), sglang (servers, see rollout.sglang) or
-    replay (recorded rollouts)."""
+    replay (nothing is sampled: see rollout.replay)."""
     prompts_per_step: int = 8
     """Prompts of one training step, over all replicas."""
     samples_per_prompt: int = 8
@@ -422,10 +422,22 @@ class RolloutConfig:
     """Nucleus sampling; 1.0 keeps the sampled log-probabilities equal to the policy's."""
     batch_size: int = 64
     """Sequences that the embedded engine decodes together."""
-    replay: str = ""
-    """Folder of recorded rollouts for engine=replay."""
+    oversample: float = 0.0
+    """Share of prompts that are begun beyond prompts_per_step: the step goes on as soon as
+    prompts_per_step groups are done, whatever the slowest do. Which are done first is a matter of
+    luck with engine=sglang, so such runs are not repeatable."""
+    unfinished: str = "carry"
+    """What becomes of the groups that over-sampling leaves: carry (the next step goes on with them
+    first, a turn that was cut short included; their tokens then have several policy versions, see
+    loss.correction) or drop (favours short episodes)."""
+    bank: bool = True
+    """Keep the episodes that are over in RUN/bank until a checkpoint covers their step: a run that
+    resumes does not play them again. Where a batch itself makes training fail, false plays anew."""
     record: bool = False
-    """Keep every step's rollouts in the run directory (rollouts/step_*.jsonl)."""
+    """Never remove anything from RUN/bank, so that every step can be trained on again
+    (engine=replay)."""
+    replay: str = ""
+    """With engine=replay: the bank of another run, or the bank folder of a dump."""
     sglang: SglangConfig = field(default_factory=SglangConfig)
     """Used with engine=sglang alone."""
 
@@ -441,6 +453,16 @@ class RolloutConfig:
         ):
             value = getattr(self, name)
             require(value >= 1, f"rollout.{name}={value} must be at least 1")
+        one_of("rollout.unfinished", self.unfinished, ("carry", "drop"))
+        require(
+            self.oversample >= 0,
+            f"rollout.oversample={self.oversample}, a share of rollout.prompts_per_step, must not "
+            "be negative",
+        )
+        require(
+            self.bank or not self.record,
+            "rollout.record=true keeps what is in the bank: set rollout.bank=true",
+        )
         require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
         require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must be in (0, 1]")
         require(

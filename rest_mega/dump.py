@@ -3,7 +3,7 @@ trainer and engine say of it.
 
     config.yaml          the run's config
     gap.json             the gap by region, the limits, the worst token
-    rollouts_R.jsonl     replica R's completions, as the replay engine reads them
+    bank/                the trajectories, as rollout.engine=replay takes them
     trajectories_R.json  prompt, sibling, rewards, advantage and text of every trajectory
     tokens_R.npz         the trained trajectories one after another, as plain arrays: lengths_S,
                          rewards_S, advantages_S, ids_T, mask_T, regions_T, engine_T, trainer_T
@@ -27,10 +27,9 @@ import numpy as np
 from rest_mega.dialects import Region
 from rest_mega.guard import LIMITS, MISMATCH, Gap, distance
 from rest_mega.records import Floats, Microbatch, Sample, Trajectory
-from rest_mega.rollout.collect import turn_seed
-from rest_mega.rollout.engine import Completion, Request, Sampling
-from rest_mega.rollout.replay_engine import recorded_row
-from rest_mega.rollout_step import Rollout, RolloutView, rollout_seed
+from rest_mega.rollout.bank import write_rows
+from rest_mega.rollout.episode import row_of
+from rest_mega.rollout_step import Rollout, RolloutView
 from rest_mega.session import Session
 from rest_mega.trainer.global_rows import ScoredRows, Scores
 from rest_mega.trainer.parallel import Parallel
@@ -63,7 +62,7 @@ def _message(s: Session, step: int, folder: Path, worst: Mapping[str, Any], gap:
         f"{worst['before']!r}: trainer {worst['trainer']:.4g}, engine {worst['engine']:.4g}\n"
         f"  the batch is in {folder}; the newest checkpoint is of step {step - 1}\n"
         f"  to play the step again: {start} train {folder / 'config.yaml'} run.fresh=false "
-        f"rollout.engine=replay rollout.replay={folder} data.held_out= run.until={step}\n"
+        f"rollout.engine=replay rollout.replay={folder / 'bank'} data.held_out= run.until={step}\n"
         f"  to take it all the same, add {off}"
     )
 
@@ -167,31 +166,15 @@ def _describe(
 
 def _write_replica(s: Session, folder: Path, rollout: Rollout, trainer: Sequence[Floats]) -> None:
     number, view = s.place.data_rank, rollout.view
-    rows = [
-        json.dumps(row)
-        for p, group in enumerate(view.groups)
-        for t in group
-        for row in _completions(t, rollout_seed(s.config.run.seed, view.step, view.round_P[p]))
-    ]
-    (folder / f"rollouts_{number}.jsonl").write_text("".join(row + "\n" for row in rows))
+    pairs = zip(view.groups, view.seed_P, strict=True)
+    rows = (row_of(t, seed) for group, seed in pairs for t in group)
+    write_rows(folder / "bank", view.step, number, rows)
     about = [
         _trajectory(view, p, g) for p, group in enumerate(view.groups) for g in range(len(group))
     ]
     (folder / f"trajectories_{number}.json").write_text(json.dumps(about, indent=1))
     rewards = [x for x, kept in zip(view.rewards_PG, view.trained_P, strict=True) if kept]
     np.savez(folder / f"tokens_{number}.npz", **_tokens(rollout.samples, rewards, trainer))
-
-
-def _completions(t: Trajectory, seed: object) -> list[dict[str, Any]]:
-    """The trajectory's turns as a recording has them."""
-    rows = []
-    for number, turn in enumerate(t.turns):
-        seeded = turn_seed(seed, t.prompt.id, t.sibling, number)
-        span = slice(turn.start, turn.end)
-        done = Completion(t.ids_T[span], t.logprobs_T[span], turn.ended, t.version_T[span])
-        request = Request(t.ids_T[: turn.start], len(done.ids_T), seeded)
-        rows.append(recorded_row(request, done, Sampling()))
-    return rows
 
 
 def _trajectory(view: RolloutView, p: int, g: int) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The guard: do trainer and engine agree on a step's batch? Its verdict comes before the optimizer
 step.
 
-- |log-prob of the trainer - log-prob of the engine| of every trained token: mean, 99th percentile,
-  maximum, and the mean by region, over all replicas, against the thresholds of the config;
+- |log-prob of the trainer - log-prob of the engine| of every trained token that the current policy
+  sampled: mean, 99th percentile, maximum, and the mean by region, over all replicas, against the
+  thresholds of the config;
 - the trained ids are the sampled ids: an assertion, from the engine's ledger to the micro-batches;
 - the share of sampled turns whose text, encoded anew, gives other ids: what a trainer would have
   got wrong that tokenised texts.
@@ -11,7 +12,7 @@ step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -83,7 +84,8 @@ def examine(
         return Gap(), {}
     sampled = rollout.view.trained
     check_ids(rollout.samples, parts, sampled if s.place.is_lead else None)
-    gap = measure(s.place, s.trainer.rows, s.trainer.rows.scored(parts, scores))
+    scored = sampled_by(step - 1, rollout.samples, s.trainer.rows.scored(parts, scores))
+    gap = measure(s.place, s.trainer.rows, scored)
     turns = sum(len(t.turns) for t in sampled)
     drifted = float(sum(drifted_turns(t, s.inputs.tokenizer) for t in sampled))
     return gap, gap.metrics() | s.place.merge({"drift/turns": (drifted, float(turns))})
@@ -103,6 +105,16 @@ def measure(place: Parallel, rows: GlobalRows, scored: ScoredRows) -> Gap:
         max=float(place.maximum(np.array([gap_R.max(initial=0.0)]))[0]),
         regions={r.name: float(sum_K[r] / count_K[r]) for r in Region if count_K[r] > 0},
     )
+
+
+def sampled_by(version: int, samples: Sequence[Sample], scored: ScoredRows) -> ScoredRows:
+    """The rows that this version of the policy sampled: of tokens that an earlier one sampled,
+    trainer and engine need not say the same."""
+    starts_S = np.cumsum([0, *(len(sample.ids_T) for sample in samples)])
+    version_T = np.concatenate([np.zeros(0, np.int32), *(s.version_T for s in samples)])
+    now_R = version_T[starts_S[scored.sample_R] + scored.token_R] == version
+    columns = (getattr(scored, column.name)[now_R] for column in fields(ScoredRows))
+    return ScoredRows(*columns)
 
 
 def distance(trainer: Floats, engine: Floats) -> Floats:

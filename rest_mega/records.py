@@ -129,6 +129,8 @@ class Sample:
     """credit.regions.Region of every token; the model meets it as an opaque small integer."""
     logprobs_T: Floats
     """Rollout log-probs, 0 where mask is 0."""
+    version_T: Ints
+    """Policy version that sampled the token, -1 where none did."""
     advantage: float
     reward: float = 0.0
     """What the advantage was made of, for penalties that only the trainer knows."""

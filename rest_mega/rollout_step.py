@@ -1,11 +1,17 @@
 """The rollouts of one training step: rounds of prompts until enough groups carry signal -> samples
-on every rank, and the lead's view of what it played."""
+on every rank, and the lead's view of what it played.
+
+With `rollout.oversample` a step's first round begins more groups than it needs and ends when enough
+are done; the others are carried into the next step (`rollout.unfinished`), where they come first.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +20,10 @@ from rest_mega.credit.advantages import advantages, has_signal
 from rest_mega.credit.assign import assign, trained_groups
 from rest_mega.data.prompts import PromptStream
 from rest_mega.records import Bools, Prompt, Reals, Sample, Trajectory
+from rest_mega.rollout.bank import Shelf
+from rest_mega.rollout.collect import Collector
 from rest_mega.rollout.engine import Sampling
+from rest_mega.rollout.episode import Group, Row, is_over, key_of, row_of
 from rest_mega.session import Session
 from rest_mega.trainer.exchange import share_rewards, share_samples
 
@@ -31,6 +40,8 @@ class RolloutView:
     groups: Sequence[Sequence[Trajectory]] = ()
     round_P: Sequence[int] = ()
     """The round that played the group, from 0."""
+    seed_P: Sequence[str] = ()
+    """What seeded its draws: an earlier step's where the group was carried over."""
     rewards_PG: Reals = field(default_factory=_none)
     parts: Mapping[str, Reals] = field(default_factory=dict)
     advantages_PG: Reals = field(default_factory=_none)
@@ -60,7 +71,7 @@ class _Round:
     """The groups of one round: those that this lead played (elsewhere none), and the rewards of
     all."""
 
-    groups: Sequence[Sequence[Trajectory]]
+    groups: Sequence[Group]
     parts: Mapping[str, Reals]
     mine: slice
     """Which rows of the round are this replica's."""
@@ -85,43 +96,150 @@ def occurrences(ids: Sequence[str]) -> list[int]:
     return found
 
 
-def play_step(session: Session, stream: PromptStream, step: int) -> Rollout | None:
-    """Draw the step's prompts and play them; None on every rank when a stop was asked for. Every
-    rank draws the same prompts and takes its replica's share. Collective.
+class Rollouts:
+    """Draws and plays the prompts of step after step; what is carried from one to the next."""
 
-    With `credit.equal_groups=resample` a further round draws as many prompts as groups lack signal,
-    until none lacks it or `credit.resample_rounds` rounds are over.
-    """
-    config, rounds = session.config, list[_Round]()
-    further = config.credit.resample_rounds if config.credit.equal_groups == "resample" else 0
-    missing = config.rollout.prompts_per_step
-    while missing and len(rounds) <= further:
-        played = _play_round(session, stream.next(missing), step, len(rounds))
-        if played is None:
+    def __init__(self, session: Session, stream: PromptStream, carried: Sequence[Row] = ()) -> None:
+        """`carried`: of the checkpoint that the run resumes from, all replicas' rows."""
+        self._s, self._stream = session, stream
+        self._carried = _restored(session, carried) if session.collector is not None else []
+        self._before = stream.state(), self._carried
+
+    def unfinished(self) -> list[dict[str, Any]]:
+        """What this lead carries into the next step, as a checkpoint keeps it."""
+        return [row_of(member, group.seed) for group in self._carried for member in group.members]
+
+    def play(self, step: int) -> Rollout | None:
+        """Draw the step's prompts and play them; None on every rank when a stop was asked for: the
+        step is then as good as not begun. Every rank draws the same prompts and takes its replica's
+        share. Collective.
+
+        With `credit.equal_groups=resample` a further round draws as many prompts as groups lack
+        signal, until none lacks it or `credit.resample_rounds` rounds are over.
+        """
+        self._before = self._stream.state(), self._carried
+        shelf = self._s.bank.shelf(step) if self._s.bank is not None else None
+        try:
+            rounds = self._play_rounds(step, shelf)
+            if shelf is not None and rounds:
+                shelf.add((g.seed, g.members[place]) for g in self._carried for place in g.open)
+        finally:
+            if shelf is not None:
+                shelf.close()
+        if not rounds:
+            self._stream.load(self._before[0])
+            self._carried = self._before[1]
             return None
-        rounds.append(played)
-        missing -= int(trained_groups(played.rewards_PG, config.credit).sum())
-    return _rollout(session, rounds, step)
+        return _rollout(self._s, rounds, step, len(self._carried))
+
+    def discard(self, step: int) -> None:
+        """Begin the step that was played last anew, all of it: what was sampled is not to be
+        used."""
+        self._stream.load(self._before[0])
+        collector, bank = self._s.collector, self._s.bank
+        if collector is not None and bank is not None:
+            bank.forget(step)
+            self._carried = [
+                collector.open(g.prompt, len(g.members), g.seed, g.members[0].sibling)
+                for g in self._before[1]
+            ]
+
+    def _play_rounds(self, step: int, shelf: Shelf | None) -> list[_Round]:
+        """None where a stop was asked for."""
+        config, rounds = self._s.config, list[_Round]()
+        further = config.credit.resample_rounds if config.credit.equal_groups == "resample" else 0
+        missing = config.rollout.prompts_per_step
+        while missing and len(rounds) <= further:
+            played = self._play_round(missing, step, len(rounds), shelf)
+            if played is None:
+                return []
+            rounds.append(played)
+            missing -= int(trained_groups(played.rewards_PG, config.credit).sum())
+        return rounds
+
+    def _play_round(self, count: int, step: int, number: int, shelf: Shelf | None) -> _Round | None:
+        """A round that is to bring `count` groups over all replicas."""
+        s = self._s
+        siblings = s.config.rollout.samples_per_prompt
+        mine = slice(s.place.data_rank, None, s.place.data_size)
+        drawn = self._draw(count, first=number == 0)
+        groups: list[Group] | None = []
+        rewards_PG: Reals | None = None
+        parts: Mapping[str, Reals] = {}
+        if s.collector is not None and shelf is not None:
+            seed = str(rollout_seed(s.config.run.seed, step, number))
+            pool = [s.collector.open(p, siblings, seed, siblings * n) for p, n in drawn]
+            if number == 0:
+                pool, self._carried = [*self._carried, *pool], []
+            groups = self._play_pool(s.collector, pool, len(range(count)[mine]), shelf)
+        if s.collector is not None and groups is not None:
+            rewards_PG, parts = s.inputs.rubric([g.trajectories for g in groups], step)
+        whole_PG = share_rewards(s.place, rewards_PG, count, siblings, s.stop())
+        return None if groups is None or whole_PG is None else _Round(groups, parts, mine, whole_PG)
+
+    def _play_pool(
+        self, collector: Collector, pool: list[Group], need: int, shelf: Shelf
+    ) -> list[Group] | None:
+        """The first `need` groups of the pool that are done; the others are carried over."""
+        config = self._s.config.rollout
+        if not collector.repeatable or _complete(pool, shelf.rows, need):
+            collector.restore(pool, shelf.rows)
+        sampling = Sampling(config.temperature, config.top_p)
+        if not collector.play(pool, sampling, need, lambda *episode: shelf.add([episode])):
+            return None
+        done = [group for group in pool if group.done][:need]
+        if config.unfinished == "carry":
+            self._carried += [group for group in pool if group not in done]
+        return done
+
+    def _draw(self, count: int, *, first: bool) -> list[tuple[Prompt, int]]:
+        """This replica's new prompts, and how often each was drawn before in the round. The
+        replicas take turns."""
+        place, share = self._s.place, self._s.config.rollout.oversample if first else 0.0
+        needs = [len(range(count)[r :: place.data_size]) for r in range(place.data_size)]
+        wanted = [need + math.ceil(need * share) for need in needs]
+        if first:
+            held_N = np.zeros(place.data_size)
+            held_N[place.data_rank] = len(self._carried) if place.is_lead else 0
+            held = place.sum(held_N).astype(int).tolist()
+            wanted = [max(0, want - have) for want, have in zip(wanted, held, strict=True)]
+        takers = [r for turn in range(max(wanted)) for r, want in enumerate(wanted) if turn < want]
+        prompts = self._stream.next(len(takers))
+        before = occurrences([prompt.id for prompt in prompts])
+        drawn = zip(takers, prompts, before, strict=True)
+        return [(prompt, n) for taker, prompt, n in drawn if taker == place.data_rank]
 
 
-def _play_round(s: Session, prompts: list[Prompt], step: int, number: int) -> _Round | None:
+def _complete(pool: Sequence[Group], rows: Mapping[str, Row], need: int) -> bool:
+    """The rows hold all that the pool needs. A batch of which a part is known already would be
+    decoded in another company, and rounded differently."""
+
+    def over(group: Group) -> bool:
+        keys = [group.key(place) for place in group.open]
+        return all(key in rows and is_over(rows[key]) for key in keys)
+
+    return sum(map(over, pool)) >= need
+
+
+def _restored(s: Session, rows: Sequence[Row]) -> list[Group]:
+    """The groups of a checkpoint that fall to this replica, as far as their prompts are still
+    there."""
+    assert s.collector is not None
+    prompts = {prompt.id: prompt for prompt in s.inputs.train}
     siblings = s.config.rollout.samples_per_prompt
-    mine = slice(s.place.data_rank, None, s.place.data_size)
-    groups: list[list[Trajectory]] | None = []
-    rewards_PG: Reals | None = None
-    parts: Mapping[str, Reals] = {}
-    if s.collector is not None:
-        sampling = Sampling(s.config.rollout.temperature, s.config.rollout.top_p)
-        seed = rollout_seed(s.config.run.seed, step, number)
-        first_P = [siblings * n for n in occurrences([prompt.id for prompt in prompts])]
-        groups = s.collector.collect(prompts[mine], siblings, sampling, seed, first_P[mine])
-        if groups is not None:
-            rewards_PG, parts = s.inputs.rubric(groups, step)
-    whole_PG = share_rewards(s.place, rewards_PG, len(prompts), siblings, s.stop())
-    return None if groups is None or whole_PG is None else _Round(groups, parts, mine, whole_PG)
+    firsts = sorted({(row["seed"], row["prompt"], row["sibling"] // siblings) for row in rows})
+    mine = firsts[s.place.data_rank :: s.place.data_size]
+    groups = [
+        s.collector.open(prompts[name], siblings, seed, siblings * number)
+        for seed, name, number in mine
+        if name in prompts
+    ]
+    by_key = {key_of(row["seed"], row["prompt"], row["sibling"]): row for row in rows}
+    s.collector.restore(groups, by_key)
+    return groups
 
 
-def _rollout(s: Session, rounds: Sequence[_Round], step: int) -> Rollout:
+def _rollout(s: Session, rounds: Sequence[_Round], step: int, carried: int) -> Rollout:
     """Advantages over the trained groups of all rounds; samples of those of this replica."""
     config = s.config
     trained = [trained_groups(r.rewards_PG, config.credit) for r in rounds]
@@ -140,7 +258,9 @@ def _rollout(s: Session, rounds: Sequence[_Round], step: int) -> Rollout:
         )
     shared = share_samples(s.place, samples)
     assert shared is not None, "a lead that has played its rounds has samples"
-    return Rollout(shared, view, _counts(rounds, len(batch_PG), config.credit.advantage))
+    counts = _counts(rounds, len(batch_PG), config.credit.advantage)
+    counts["groups/carried"] = s.place.sum_one(carried if s.place.is_lead else 0)
+    return Rollout(shared, view, counts)
 
 
 def _view(
@@ -155,8 +275,9 @@ def _view(
     }
     return RolloutView(
         step=step,
-        groups=[group for r in rounds for group in r.groups],
+        groups=[group.trajectories for r in rounds for group in r.groups],
         round_P=[number for number, r in enumerate(rounds) for _ in r.groups],
+        seed_P=[group.seed for r in rounds for group in r.groups],
         rewards_PG=rewards_PG,
         parts=parts,
         advantages_PG=advantages(rewards_PG, config.credit.advantage, batch_PG),

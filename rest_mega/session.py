@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from rest_mega.data.tokenizer import Tokenizer
 from rest_mega.evaluation.held_out import evaluate
 from rest_mega.records import Prompt
 from rest_mega.rewards import Rubric
+from rest_mega.rollout.bank import Bank, as_lines
 from rest_mega.rollout.collect import Collector
 from rest_mega.rollout.engine import Engine, Sampling
+from rest_mega.rollout.episode import Row
 from rest_mega.run_directory import RunDirectory
 from rest_mega.stop import Stop
 from rest_mega.sync.export import Exporter, save_hf
@@ -30,6 +32,7 @@ from rest_mega.telemetry.report import summary_line, write_report
 from rest_mega.telemetry.reporter import Reporter
 from rest_mega.trainer import parallel
 from rest_mega.trainer.checkpoint import Saver
+from rest_mega.trainer.checkpoint_files import step_of
 from rest_mega.trainer.model import Architecture
 from rest_mega.trainer.trainer import Trainer
 from rest_mega.watchdog import Watchdog
@@ -66,12 +69,16 @@ class Session:
     reporter: Reporter
     engine: Engine | None
     collector: Collector | None
+    bank: Bank | None
+    """Of leads, where rollouts are trained on."""
     stop: Stop
     watchdog: Watchdog
     directory: RunDirectory | None
     """Held by the head of a run that writes."""
     resumed: Mapping[str, Any] = field(default_factory=dict)
     """The run state of the checkpoint this run resumed from; empty for a new run."""
+    carried: Sequence[Row] = ()
+    """The episodes that it had not finished; of all replicas, on leads."""
 
     def __post_init__(self) -> None:
         self._published = -1
@@ -134,9 +141,11 @@ class Session:
             self.place, self.collector, inputs.rubric, inputs.held_out, modes, config.run.seed
         )
 
-    def save(self, step: int, **state: Any) -> None:
-        """Begin the checkpoint of `step` with the loop's own `state`, unless it is there
-        already."""
+    def save(self, step: int, episodes: Callable[[], Sequence[Row]] = tuple, **state: Any) -> None:
+        """Begin the checkpoint of `step` with the loop's own `state`, unless it is there already.
+
+        `episodes()`: those that this lead has begun and not finished.
+        """
         if self._saved == (step, self._evaluated):
             return
         whole = {
@@ -146,7 +155,7 @@ class Session:
             **state,
         }
         with self.phase("save"):
-            self._tell_saved(self.saver.begin(step, whole))
+            self._tell_saved(self.saver.begin(step, whole, as_lines(episodes())))
             if not self.config.run.async_save:
                 self._tell_saved(self.saver.finish())
         self._saved = (step, self._evaluated)
@@ -172,8 +181,12 @@ class Session:
             self._tell_saved(self.saver.finish())
 
     def _tell_saved(self, folder: Path | None) -> None:
-        if folder is not None:
-            self.reporter.event("checkpoint", f"saved {folder}")
+        if folder is None:
+            return
+        self.reporter.event("checkpoint", f"saved {folder}")
+        step = step_of(folder)
+        if self.bank is not None and not self.config.rollout.record and step is not None:
+            self.bank.prune(step)
 
     def interrupt(self, step: int, **state: Any) -> int:
         """Save what was reached; returns the exit code of an interrupted run."""

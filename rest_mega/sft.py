@@ -50,6 +50,7 @@ def read_samples(config: RunConfig, inputs: Inputs) -> list[Sample]:
                 mask_T=np.array(mask, dtype=np.bool_),
                 regions_T=np.zeros(length, dtype=np.int8),
                 logprobs_T=np.zeros(length, dtype=np.float32),
+                version_T=np.full(length, -1, dtype=np.int32),
                 advantage=0.0,
             )
         )

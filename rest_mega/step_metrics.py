@@ -89,6 +89,10 @@ def rollout_metrics(view: RolloutView) -> dict[str, tuple[float, float]]:
             -float(sum(t.logprobs_T.sum(dtype=np.float64) for t in flat)),
             float(sum(int(t.mask_T.sum()) for t in flat)),
         ),
+        "rollout/stale_tokens": (
+            float(sum(int((t.version_T[t.mask_T] < view.step - 1).sum()) for t in flat)),
+            float(sum(int(t.mask_T.sum()) for t in flat)),
+        ),
     }
     sums |= {f"reward/{name}": (float(values.sum()), count) for name, values in view.parts.items()}
     sums |= {f"stop/{kind}": (float(sum(t.stop == kind for t in flat)), count) for kind in STOPS}

@@ -18,7 +18,7 @@ from rest_mega.dialects import Region
 from rest_mega.dump import end_run
 from rest_mega.nonfinite import NONFINITE, NonFinite
 from rest_mega.records import Microbatch
-from rest_mega.rollout_step import Rollout, play_step
+from rest_mega.rollout_step import Rollout, Rollouts
 from rest_mega.session import Inputs, Session
 from rest_mega.step_metrics import credit_metrics, report_rows, rollout_metrics, step_metrics
 from rest_mega.trainer.exchange import gather_rewards
@@ -57,6 +57,7 @@ class Loop:
         if resumed:
             self.stream.load(resumed["prompts"])
             self.entropy.load(resumed["entropy"])
+        self.rollouts = Rollouts(session, self.stream, session.carried)
 
     def run(self) -> int:
         """Steps with publication, evaluation and checkpoints between them."""
@@ -77,24 +78,26 @@ class Loop:
         return s.finish()
 
     def _state(self) -> dict[str, Any]:
-        return {"prompts": self.stream.state(), "entropy": self.entropy.state()}
+        return {
+            "prompts": self.stream.state(),
+            "entropy": self.entropy.state(),
+            "episodes": self.rollouts.unfinished,
+        }
 
     def _train_step(self) -> int | None:
         """One rollout batch and its optimizer steps; an exit code where the run ends instead, the
         step then not begun: a stop was asked for, or the guard found a mismatch."""
         s, config, step = self.s, self.config, self.step + 1
-        cursor = self.stream.state()
         with s.phase("rollout"):
-            rollout = play_step(s, self.stream, step)
+            rollout = self.rollouts.play(step)
         if rollout is None:
-            self.stream.load(cursor)
             return s.interrupt(self.step, **self._state())
         with s.phase("score"):
             parts = s.trainer.pack(rollout.samples, config.loss.optimizer_steps)
             scores = s.trainer.score(parts)
             gap, watched = guard.examine(s, step, rollout, parts, scores)
         if gap.crossed(config.guard):
-            self.stream.load(cursor)
+            self.rollouts.discard(step)
             s.keep(self.step, **self._state())
             return end_run(s, step, rollout, parts, scores, gap)
         scored = s.trainer.rows.region_sums(parts, scores, len(Region))

@@ -74,6 +74,7 @@ def _sample(
         mask_T=trajectory.mask_T,
         regions_T=tag_trajectory(trajectory, dialect, token_bytes),
         logprobs_T=trajectory.logprobs_T,
+        version_T=trajectory.version_T,
         advantage=advantage,
         reward=reward,
         group=group,

@@ -3,37 +3,36 @@ trajectories."""
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from rest_mega.config import ConfigError, EnvironmentConfig, RolloutConfig
 from rest_mega.data.chat import ChatFormat
 from rest_mega.data.tokenizer import Tokenizer
 from rest_mega.dialects import Reply, parse
 from rest_mega.environments import EpisodeTools, ToolRuntime
+from rest_mega.environments.deadline import together
 from rest_mega.records import Prompt, Trajectory, Turn
-from rest_mega.rollout.engine import Completion, Engine, Request, Sampling, seed_of
+from rest_mega.rollout.engine import Completion, Engine, Request, Sampling
+from rest_mega.rollout.episode import (
+    Episode,
+    Group,
+    Row,
+    begun_of,
+    completions_of,
+    ids_of,
+    is_over,
+    prompt_ids_of,
+    trajectory_of,
+)
 from rest_mega.rollout.ledger import Ledger
 
 
-@dataclass
-class _Episode:
-    """One trajectory while it grows."""
-
-    prompt: Prompt
-    sibling: int
-    tools: EpisodeTools
-    ledger: Ledger
-    turns: list[Turn] = field(default_factory=list)
-    answer: str = ""
-    stop: str = ""
-
-
-def turn_seed(seed: object, prompt: str, sibling: int, turn: int) -> int:
-    """What decides a turn's draws: the seed of the collection, the prompt's id, sibling and
-    turn."""
-    return seed_of(seed, prompt, sibling, turn)
+def nowhere(seed: str, member: Episode | Trajectory) -> None:
+    """Keeps nothing of an episode that is over."""
 
 
 def check_prompts(
@@ -77,6 +76,32 @@ def _prompt_ids(
     return ids
 
 
+def ids_differ(episode: Episode, ids: Sequence[int]) -> bool:
+    """The episode does not hold just these tokens."""
+    return episode.ledger.ids_T.tolist() != list(ids)
+
+
+class _Play:
+    """How far a play is: what the threads that follow episodes tell each other."""
+
+    def __init__(self, done: int, need: int | None, stop: Callable[[], bool]) -> None:
+        self._done, self._need, self._stop = done, need, stop
+        self._lock, self.stopped = threading.Lock(), False
+
+    def over(self, ask: bool = False) -> bool:
+        """Nothing more needs to be sampled; `ask`: also whether a stop was asked for."""
+        with self._lock:
+            if ask:
+                self.stopped = self.stopped or self._stop()
+            return self.stopped or (self._need is not None and self._done >= self._need)
+
+    def finish(self, group: Group, place: int, trajectory: Trajectory) -> None:
+        """One episode more is over."""
+        with self._lock:
+            group.members[place] = trajectory
+            self._done += group.done
+
+
 class Collector:
     """Plays prompts against their environments with one engine."""
 
@@ -100,6 +125,11 @@ class Collector:
         self._tools = ToolRuntime(limits, tokenizer)
         self._side_by_side = threading.BoundedSemaphore(limits.parallel_episodes)
 
+    @property
+    def repeatable(self) -> bool:
+        """The same episodes, played together, are the same to the bit."""
+        return self._engine.repeatable
+
     def collect(
         self,
         prompts: Sequence[Prompt],
@@ -117,41 +147,105 @@ class Collector:
         is in the batch.
         """
         firsts = first_P if first_P is not None else [0] * len(prompts)
-        episodes = [
-            e
+        groups = [
+            self.open(prompt, siblings, str(seed), first)
             for prompt, first in zip(prompts, firsts, strict=True)
-            for e in self._open(prompt, range(first, first + siblings))
         ]
-        stopped = self._stop()
+        return [g.trajectories for g in groups] if self.play(groups, sampling) else None
 
-        def follow(index: int, done: Completion) -> Request | None:
-            nonlocal stopped
-            episode = episodes[index]
-            with self._side_by_side:
-                self._advance(episode, done)
-            if not episode.stop:
-                stopped = stopped or self._stop()
-            return None if stopped or episode.stop else self._request(episode, seed)
-
-        if not stopped:
-            self._engine.play([self._request(e, seed) for e in episodes], sampling, follow)
-        if stopped:
-            return None
-        trajectories = [self._close(e) for e in episodes]
-        return [trajectories[i : i + siblings] for i in range(0, len(trajectories), siblings)]
-
-    def _open(self, prompt: Prompt, numbers: Sequence[int]) -> list[_Episode]:
+    def open(self, prompt: Prompt, siblings: int, seed: str, first: int = 0) -> Group:
+        """Episodes of the siblings `first`, `first` + 1, ..., none of them begun."""
+        numbers = range(first, first + siblings)
         tools = [_open_tools(self._tools, prompt) for _ in numbers]
         ids = _prompt_ids(prompt, tools[0], self._chat, self._config.max_tokens)
         pairs = zip(numbers, tools, strict=True)
-        return [_Episode(prompt, number, one, Ledger(ids)) for number, one in pairs]
+        return Group(prompt, seed, [Episode(prompt, seed, n, one, Ledger(ids)) for n, one in pairs])
 
-    def _request(self, episode: _Episode, seed: object) -> Request:
-        room = self._config.max_tokens - len(episode.ledger)
-        drawn_by = turn_seed(seed, episode.prompt.id, episode.sibling, len(episode.turns))
-        return Request(episode.ledger.ids_T, min(self._config.max_new_tokens, room), drawn_by)
+    def play(
+        self,
+        groups: Sequence[Group],
+        sampling: Sampling,
+        need: int | None = None,
+        keep: Callable[[str, Episode | Trajectory], None] = nowhere,
+    ) -> bool:
+        """Play the open episodes of the groups, until `need` groups (all unless given) are done;
+        False when a stop was asked for.
 
-    def _advance(self, episode: _Episode, done: Completion) -> None:
+        `keep(seed, trajectory)` is called for every episode as soon as it is over. Others stay
+        open where they stand: played again, they go on from there.
+        """
+        places = [(group, place) for group in groups for place in group.open]
+        state = _Play(sum(group.done for group in groups), need, self._stop)
+
+        def follow(index: int, done: Completion) -> Request | None:
+            group, place = places[index]
+            episode = group.members[place]
+            assert isinstance(episode, Episode), "an episode that is over was sampled"
+            whole = episode.begun.then(done) if episode.begun is not None else done
+            episode.begun = None
+            if done.aborted:
+                episode.begun = whole if len(whole.ids_T) else None
+                return None
+            with self._side_by_side:
+                self._advance(episode, whole)
+                if not episode.stop:
+                    return None if state.over(ask=True) else self._request(episode)
+                trajectory = self._close(episode)
+            keep(group.seed, trajectory)
+            state.finish(group, place, trajectory)
+            return None
+
+        if not state.over(ask=True):
+            requests = [self._request(self._member(*place)) for place in places]
+            self._engine.play(requests, sampling, follow, state.over)
+        return not state.stopped
+
+    @staticmethod
+    def _member(group: Group, place: int) -> Episode:
+        member = group.members[place]
+        assert isinstance(member, Episode), "only episodes that are not over are played"
+        return member
+
+    def restore(self, groups: Sequence[Group], rows: Mapping[str, Row]) -> None:
+        """Let episodes go on from what `rows` (by key) has of them.
+
+        A trajectory is taken as it is. Of an episode that was stopped on its way the calls are made
+        again, in another environment, which brings that to where it was; where a tool answers
+        otherwise, or the prompt is another, the episode stays as it is.
+        """
+        found = [(g, place, g.key(place)) for g in groups for place in g.open]
+        jobs = [
+            functools.partial(self._restore, group, place, rows[key])
+            for group, place, key in found
+            if key in rows
+        ]
+        together(jobs, self._limits.parallel_episodes)
+
+    def _restore(self, group: Group, place: int, row: Row) -> None:
+        before = self._member(group, place)
+        (fresh,) = self.open(group.prompt, 1, group.seed, before.sibling).members
+        assert isinstance(fresh, Episode), "it has just been opened"
+        if ids_differ(fresh, prompt_ids_of(row)):
+            return
+        if is_over(row):
+            group.members[place] = trajectory_of(row, group.prompt)
+            return
+        for done in completions_of(row):
+            self._advance(fresh, done)
+        fresh.begun = begun_of(row)
+        if not fresh.stop and not ids_differ(fresh, ids_of(row).tolist()):
+            group.members[place] = fresh
+
+    def _request(self, episode: Episode) -> Request:
+        """The next turn, or what is left of one that has begun."""
+        ids_T, room = episode.ledger.ids_T, self._config.max_tokens - len(episode.ledger)
+        length = min(self._config.max_new_tokens, room)
+        if episode.begun is not None:
+            ids_T = np.concatenate([ids_T, episode.begun.ids_T])
+            length -= len(episode.begun.ids_T)
+        return Request(ids_T, length, episode.turn_seed)
+
+    def _advance(self, episode: Episode, done: Completion) -> None:
         """Record a sampled turn, and answer it: its calls by their results, a reply without calls
         by what the user says next; without either the episode is over."""
         turn = len(episode.turns)
@@ -185,7 +279,7 @@ class Collector:
         else:
             self._observe(episode, self._delta(episode.turns[-1], said))
 
-    def _finish(self, episode: _Episode, reply: Reply, done: Completion) -> None:
+    def _finish(self, episode: Episode, reply: Reply, done: Completion) -> None:
         episode.stop = "answered" if done.finished else "token_limit"
         episode.answer = reply.answer if done.finished else ""
 
@@ -200,14 +294,14 @@ class Collector:
         ]
         return self._chat.tool_result_ids(results)
 
-    def _observe(self, episode: _Episode, ids: list[int]) -> None:
+    def _observe(self, episode: Episode, ids: list[int]) -> None:
         """Append what answers a turn, unless no room is left to reply to it."""
         if len(episode.ledger) + len(ids) >= self._config.max_tokens:
             episode.stop = "length"
         else:
             episode.ledger.observe(ids)
 
-    def _close(self, episode: _Episode) -> Trajectory:
+    def _close(self, episode: Episode) -> Trajectory:
         ledger = episode.ledger
         return Trajectory(
             prompt=episode.prompt,

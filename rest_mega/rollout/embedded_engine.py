@@ -14,9 +14,11 @@ import torch
 
 from rest_mega.rollout.engine import (
     Completion,
+    Enough,
     Follow,
     Request,
     Sampling,
+    never,
     one_version,
     play_in_rounds,
 )
@@ -24,6 +26,8 @@ from rest_mega.rollout.engine import (
 
 class EmbeddedEngine:
     """A copy of the policy as a transformers model, decoded with a dynamic key-value cache."""
+
+    repeatable = True
 
     def __init__(
         self,
@@ -80,9 +84,15 @@ class EmbeddedEngine:
             done.update(zip(rows, self._decode([requests[i] for i in rows], sampling), strict=True))
         return [done[i] for i in range(len(requests))]
 
-    def play(self, requests: Sequence[Request], sampling: Sampling, follow: Follow) -> None:
+    def play(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        follow: Follow,
+        enough: Enough = never,
+    ) -> None:
         """Turn by turn: the batch is what makes decoding in this process fast."""
-        play_in_rounds(self, requests, sampling, follow)
+        play_in_rounds(self, requests, sampling, follow, enough)
 
     def close(self) -> None:
         """Drop the model."""

@@ -35,6 +35,19 @@ class Completion:
     """True when the last token ends the turn; False when `max_new_tokens` cut it off."""
     version_T: Ints
     """Policy version that sampled each token; more than one where parameters changed meanwhile."""
+    aborted: bool = False
+    """True for the beginning of a turn whose rest was not sampled, because enough had been
+    played."""
+
+    def then(self, rest: Completion) -> Completion:
+        """A turn from its beginning and its rest."""
+        return Completion(
+            ids_T=np.concatenate([self.ids_T, rest.ids_T]),
+            logprobs_T=np.concatenate([self.logprobs_T, rest.logprobs_T]),
+            finished=rest.finished,
+            version_T=np.concatenate([self.version_T, rest.version_T]),
+            aborted=rest.aborted,
+        )
 
 
 @dataclass(frozen=True)
@@ -53,8 +66,21 @@ Called once per completion, for different episodes from several threads at a tim
 decodes each on its own."""
 
 
+Enough = Callable[[], bool]
+"""True once no further turn needs to be sampled."""
+
+
+def never() -> bool:
+    """An Enough for plays in which every episode is played to its end."""
+    return False
+
+
 class Engine(Protocol):
     """What the collector and the weight sync ask of a rollout engine."""
+
+    @property
+    def repeatable(self) -> bool:
+        """True where the same requests, asked together, give the same bits again."""
 
     @property
     def version(self) -> int:
@@ -67,9 +93,19 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order."""
 
-    def play(self, requests: Sequence[Request], sampling: Sampling, follow: Follow) -> None:
+    def play(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        follow: Follow,
+        enough: Enough = never,
+    ) -> None:
         """Sample episode i from `requests[i]`, `follow(i, completion)`, and so on until every
-        episode is over; what `follow` raises ends the play and is raised here."""
+        episode is over; what `follow` raises ends the play and is raised here.
+
+        Once `enough()`, asked after every `follow`, nothing more is begun. An engine that decodes
+        each episode on its own stops what it is sampling and follows what that has reached as
+        `aborted`; others end after the turns that they sample together."""
 
     def close(self) -> None:
         """Free what the engine holds."""
@@ -80,12 +116,16 @@ SIDE_BY_SIDE = 256
 
 
 def play_in_rounds(
-    engine: Engine, requests: Sequence[Request], sampling: Sampling, follow: Follow
+    engine: Engine,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    follow: Follow,
+    enough: Enough = never,
 ) -> None:
     """`play` for engines that decode whole batches: one turn of all open episodes, then the next.
     A slow tool of one episode holds up no other episode's tools."""
     waiting = dict(enumerate(requests))
-    while waiting:
+    while waiting and not enough():
         done = engine.generate(list(waiting.values()), sampling)
         jobs = [functools.partial(follow, *turn) for turn in zip(waiting, done, strict=True)]
         after = zip(waiting, together(jobs, SIDE_BY_SIDE), strict=True)

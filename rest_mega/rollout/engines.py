@@ -18,13 +18,12 @@ def make_engine(
     dtype: str,
     tokenizer: Tokenizer,
     device: Any,
-    record_to: Path,
     folder: Path,
 ) -> Engine:
-    """The engine that `rollout.engine` names; with rollout.record its completions are kept in
-    `record_to`. Servers write their logs into `folder` and keep a copy of the weights there."""
+    """The engine that `rollout.engine` names. Servers write their logs into `folder` and keep a
+    copy of the weights there."""
     one_of("rollout.engine", config.engine, ENGINES)
-    engine = ENGINES[config.engine](
+    return ENGINES[config.engine](
         config,
         model_path=model_path,
         dtype=dtype,
@@ -32,11 +31,6 @@ def make_engine(
         device=device,
         folder=folder,
     )
-    if not config.record:
-        return engine
-    from rest_mega.rollout.replay_engine import RecordingEngine
-
-    return RecordingEngine(engine, record_to)
 
 
 def _embedded(
@@ -63,7 +57,7 @@ def _embedded(
 def _replay(config: RolloutConfig, **_: Any) -> Engine:
     from rest_mega.rollout.replay_engine import ReplayEngine
 
-    return ReplayEngine(Path(config.replay))
+    return ReplayEngine(config.replay)
 
 
 def _sglang(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rest_mega.config import SglangConfig, one_of
-from rest_mega.rollout.engine import Completion, Follow, Request, Sampling
+from rest_mega.rollout.engine import Completion, Enough, Follow, Request, Sampling, never
 from rest_mega.rollout.sglang_episodes import Episodes
 from rest_mega.rollout.sglang_fleet import Fleet, Worker
 from rest_mega.rollout.sglang_server import Server, default_arguments
@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 class SglangEngine:
     """An Engine over one or more servers."""
+
+    repeatable = False  # batches form by chance, and seeds are heeded in deterministic mode alone
 
     def __init__(
         self,
@@ -109,13 +111,19 @@ class SglangEngine:
         self.play(requests, sampling, done.__setitem__)
         return [done[i] for i in range(len(requests))]
 
-    def play(self, requests: Sequence[Request], sampling: Sampling, follow: Follow) -> None:
+    def play(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        follow: Follow,
+        enough: Enough = never,
+    ) -> None:
         """Every episode at its own pace; `follow` runs in threads."""
         if self._loaded < 0:
             raise RuntimeError("the SGLang servers have no weights of ours: load parameters first")
         for request in requests:
             self._episodes.check(request)
-        self._wait(self._episodes.play(requests, sampling, follow))
+        self._wait(self._episodes.play(requests, sampling, follow, enough))
 
     # ------------------------------------------------------------------ parameters
 

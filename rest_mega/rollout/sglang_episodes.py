@@ -3,8 +3,10 @@ takes.
 
 - An episode's next turn is asked for as soon as its tools have answered; nobody waits for a batch.
 - Ids and lengths are checked before they are sent: one id outside the vocabulary ends a server.
-- A turn that is aborted, or stopped at a token that ends no turn, is continued by sending what it
-  has reached along with its prompt; a turn whose server is lost is asked for again from there.
+- Once there is enough, running turns are aborted and followed as far as they have come.
+- A turn that is aborted by others, or stopped at a token that ends no turn, is continued by sending
+  what it has reached along with its prompt; a turn whose server is lost is asked for again from
+  there.
 - SGLang heeds a request's seed only with rollout.sglang.enable_deterministic_inference; otherwise
   two runs draw different tokens.
 """
@@ -16,17 +18,30 @@ import itertools
 import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rest_mega.config import ConfigError
-from rest_mega.rollout.engine import Completion, Follow, Request, Sampling
+from rest_mega.rollout.engine import Completion, Enough, Follow, Request, Sampling
 from rest_mega.rollout.sglang_client import Piece, ServerLost
 from rest_mega.rollout.sglang_fleet import Fleet, Worker
 
 ATTEMPTS = 8
 """Requests for one turn that may bring nothing (lost, or aborted at once) before the run ends."""
+
+
+@dataclass
+class _Play:
+    """What the episodes of one play share."""
+
+    sampling: Sampling
+    follow: Follow
+    enough: Enough
+    slots: asyncio.Semaphore
+    over: bool
+    """Nothing more is begun, and what was running has been aborted."""
 
 
 class Episodes:
@@ -45,47 +60,50 @@ class Episodes:
         """Wait for no thread: a tool may hang."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def play(self, requests: Sequence[Request], sampling: Sampling, follow: Follow) -> None:
-        """Until every episode is over; what `follow` raises ends the others and is raised here."""
+    async def play(
+        self, requests: Sequence[Request], sampling: Sampling, follow: Follow, enough: Enough
+    ) -> None:
+        """Until every episode is over, or there is enough; what `follow` raises ends the others and
+        is raised here."""
         watch = asyncio.create_task(self._fleet.watch())
         slots = asyncio.Semaphore(self._in_flight * len(self._fleet.workers))
+        play = _Play(sampling, follow, enough, slots, enough())
         try:
             async with asyncio.TaskGroup() as group:
                 for index, request in enumerate(requests):
-                    group.create_task(self._episode(index, request, sampling, follow, slots))
+                    group.create_task(self._episode(index, request, play))
         except BaseExceptionGroup as several:  # the first is why the others were cancelled
             raise several.exceptions[0] from None
         finally:
             watch.cancel()
 
-    async def _episode(
-        self,
-        index: int,
-        request: Request,
-        sampling: Sampling,
-        follow: Follow,
-        slots: asyncio.Semaphore,
-    ) -> None:
+    async def _episode(self, index: int, request: Request, play: _Play) -> None:
         home, loop = None, asyncio.get_running_loop()
-        async with slots:
+        async with play.slots:
             following: Request | None = request
-            while following is not None:
-                done, home = await self._turn(following, sampling, home)
-                following = await loop.run_in_executor(self._threads, follow, index, done)
+            while following is not None and not play.over:
+                done, home = await self._turn(following, play, home)
+                following = await loop.run_in_executor(self._threads, play.follow, index, done)
                 if following is not None:
                     self.check(following)
+                if not play.over and play.enough():
+                    play.over = True
+                    await self._fleet.abort_running()
 
     async def _turn(
-        self, request: Request, sampling: Sampling, home: Worker | None
+        self, request: Request, play: _Play, home: Worker | None
     ) -> tuple[Completion, Worker]:
-        """The whole turn, from as many pieces as it takes, and the worker that gave the last."""
+        """The whole turn, from as many pieces as it takes, and the worker that gave the last; its
+        beginning once the play is over."""
         prompt = request.ids_T.tolist()
         whole = Piece([], [], [], "")
         barren, failed = 0, set[Worker]()
         while True:
             home = await self._fleet.pick(home, failed)
+            if play.over:
+                return _completion(whole, ended=False, aborted=True), home
             left = request.max_new_tokens - len(whole.ids)
-            piece = await self._piece(home, prompt + whole.ids, left, request.seed, sampling)
+            piece = await self._piece(home, prompt + whole.ids, left, request.seed, play.sampling)
             if piece is None:
                 failed.add(home)
             else:
@@ -156,10 +174,11 @@ class Episodes:
             )
 
 
-def _completion(whole: Piece, ended: bool) -> Completion:
+def _completion(whole: Piece, ended: bool, aborted: bool = False) -> Completion:
     return Completion(
         ids_T=np.array(whole.ids, dtype=np.int32),
         logprobs_T=np.array(whole.logprobs, dtype=np.float32),
         finished=ended,
         version_T=np.array(whole.versions, dtype=np.int32),
+        aborted=aborted,
     )

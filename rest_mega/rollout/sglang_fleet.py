@@ -172,6 +172,13 @@ class Fleet:
             self.losses += 1
             self._background(self._mend(worker))
 
+    async def abort_running(self) -> None:
+        """Ask every worker to answer what it runs as far as it has come, until nothing runs: a
+        request may meet its abort on the way to the server."""
+        while running := [(w.client, rid) for w in self.workers for rid in w.running]:
+            await asyncio.gather(*(self._abort(*one) for one in running))
+            await asyncio.sleep(0.2)
+
     def abandon(self, client: Client, rid: str) -> None:
         """A request whose answer nobody waits for any more."""
         self._background(self._abort(client, rid))

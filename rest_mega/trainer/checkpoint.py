@@ -27,9 +27,11 @@ from rest_mega.trainer.checkpoint_files import (
     complete,
     damage,
     damaged_file,
+    episodes_name,
     folder_of,
     read_manifest,
     read_state,
+    write_text,
 )
 from rest_mega.trainer.device import results_queue
 from rest_mega.trainer.parallel import Parallel
@@ -50,12 +52,14 @@ class Saver:
         self._trainer, self._run_dir, self._keep = trainer, run_dir, keep
         self._pending: _Pending | None = None
 
-    def begin(self, step: int, state: Mapping[str, Any]) -> Path | None:
+    def begin(self, step: int, state: Mapping[str, Any], episodes: str = "") -> Path | None:
         """Start writing the checkpoint of `step`, parameters and optimizer as they are now; an
-        earlier one is completed first and returned."""
+        earlier one is completed first and returned. `episodes`: lines that this rank adds (see
+        `read_episodes`)."""
         earlier = self.finish()
         whole = dict(state) | {"step": step, "optimizer_steps": self._trainer.optimizer_steps}
-        self._pending = _Pending(self._trainer, folder_of(self._run_dir, step), whole)
+        folder = folder_of(self._run_dir, step)
+        self._pending = _Pending(self._trainer, folder, whole, episodes)
         return earlier
 
     def poll(self) -> Path | None:
@@ -75,9 +79,12 @@ class Saver:
 class _Pending:
     """One checkpoint that is being written."""
 
-    def __init__(self, trainer: Trainer, folder: Path, state: Mapping[str, Any]) -> None:
+    def __init__(
+        self, trainer: Trainer, folder: Path, state: Mapping[str, Any], episodes: str
+    ) -> None:
         from megatron.core import dist_checkpointing
 
+        self._episodes = episodes
         self._parallel, self._folder, self._state = trainer.parallel, folder, state
         self._partial = self._make_partial()
         self._request = dist_checkpointing.save(
@@ -104,19 +111,21 @@ class _Pending:
         """What the child does: mcore's own writing; returns mcore's result and the sums of this
         rank's files."""
         request, partial, rank = self._request, self._partial, self._parallel.rank
+        episodes = {partial / episodes_name(rank): self._episodes} if self._episodes else {}
         arguments = list(request.async_fn_args)
         if request.preload_fn is not None:
             arguments[1] = request.preload_fn()  # to host memory
 
         def write() -> tuple[Any, dict[str, tuple[int, int]]]:
+            sums = {file.name: write_text(file, text) for file, text in episodes.items()}
             if request.async_fn is None:
-                return None, {}
+                return None, sums
             request.async_fn(*arguments, **request.async_fn_kwargs)
             result = results_queue().get_nowait()
             if isinstance(result, Exception):
                 free = shutil.disk_usage(partial).free / 2**20
                 raise OSError(f"{result} ({free:.0f} MiB are free in {partial.parent})")
-            return result, {f.name: checksum(f) for f in partial.glob(f"__{rank}_*")}
+            return result, sums | {f.name: checksum(f) for f in partial.glob(f"__{rank}_*")}
 
         return write
 

@@ -4,6 +4,7 @@ removed.
     RUN/checkpoints/step_NNNNNNNN/          appears whole, by a rename
         *.distcp, .metadata, common.pt, ... Megatron's distributed checkpoint
         run_state.json                      what is not a tensor (step, prompt cursor, config, ...)
+        episodes_R.jsonl                    what rank R's rollouts carry into the next step
         manifest.json                       size and CRC-32 of every other file, written last
     RUN/checkpoints/step_NNNNNNNN.partial-* being written, or left by a run that died
     RUN/checkpoints/step_NNNNNNNN.old       the same step's checkpoint before it was saved anew
@@ -134,10 +135,27 @@ def complete(partial: Path, folder: Path, state: Mapping[str, Any], sums: Sums, 
 
 
 def _write_json(file: Path, tree: Mapping[str, Any]) -> None:
-    with file.open("w") as out:
-        json.dump(tree, out, indent=1)
+    write_text(file, json.dumps(tree, indent=1))
+
+
+def write_text(file: Path, text: str) -> tuple[int, int]:
+    """Write a file that lasts through a power cut; its (bytes, CRC-32)."""
+    with file.open("w", encoding="utf-8") as out:
+        out.write(text)
         out.flush()
         os.fsync(out.fileno())
+    return checksum(file)
+
+
+def episodes_name(rank: int) -> str:
+    """The file of a rank's unfinished episodes."""
+    return f"episodes_{rank}.jsonl"
+
+
+def read_episodes(folder: Path) -> list[str]:
+    """The lines of all ranks' unfinished episodes."""
+    files = sorted(folder.glob(episodes_name(0).replace("0", "*")))
+    return [line for file in files for line in file.read_text("utf-8").splitlines()]
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:

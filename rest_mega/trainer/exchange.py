@@ -58,6 +58,7 @@ def _flatten(samples: Sequence[Sample]) -> dict[str, np.ndarray[Any, Any]]:
         "mask": np.concatenate([s.mask_T for s in samples]),
         "regions": np.concatenate([s.regions_T for s in samples]),
         "logprobs": np.concatenate([s.logprobs_T for s in samples]),
+        "versions": np.concatenate([s.version_T for s in samples]),
         "advantages": np.array([s.advantage for s in samples], dtype=np.float64),
         "rewards": np.array([s.reward for s in samples], dtype=np.float64),
         "groups": np.array([s.group for s in samples], dtype=np.int64),
@@ -66,8 +67,8 @@ def _flatten(samples: Sequence[Sample]) -> dict[str, np.ndarray[Any, Any]]:
 
 def _restore(arrays: dict[str, np.ndarray[Any, Any]]) -> list[Sample]:
     cuts = np.cumsum(arrays["lengths"])[:-1]
-    ids, mask, regions, logprobs = (
-        np.split(arrays[name], cuts) for name in ("ids", "mask", "regions", "logprobs")
+    tokens = (
+        np.split(arrays[name], cuts) for name in ("ids", "mask", "regions", "logprobs", "versions")
     )
     numbers = (arrays[name].tolist() for name in ("advantages", "rewards", "groups"))
-    return [Sample(*column) for column in zip(ids, mask, regions, logprobs, *numbers, strict=True)]
+    return [Sample(*column) for column in zip(*tokens, *numbers, strict=True)]

@@ -29,22 +29,22 @@ def value(t: Trajectory) -> float:
 class Player:
     """A collector whose trajectories say in `stop` what they were drawn from."""
 
+    repeatable = True
+
     def __init__(self, stops_at: int | None) -> None:
         self.calls, self._stops_at = 0, stops_at
 
-    def collect(
-        self,
-        prompts: Sequence[Prompt],
-        siblings: int,
-        sampling: Any,
-        seed: object,
-        first_P: Sequence[int],
-    ) -> list[list[Trajectory]] | None:
+    def open(self, prompt: Prompt, siblings: int, seed: str, first: int) -> Any:
+        from rest_mega.rollout.episode import Group
+
+        numbers = range(first, first + siblings)
+        return Group(prompt, seed, [_trajectory(prompt, g, seed) for g in numbers])
+
+    def restore(self, *_: Any) -> None: ...
+
+    def play(self, *_: Any) -> bool:
         self.calls += 1
-        if self.calls == self._stops_at:
-            return None
-        pairs = zip(prompts, first_P, strict=True)
-        return [[_trajectory(p, first + g, seed) for g in range(siblings)] for p, first in pairs]
+        return self.calls != self._stops_at
 
 
 def _trajectory(prompt: Prompt, sibling: int, seed: object) -> Trajectory:
@@ -78,7 +78,8 @@ def _every(names: Sequence[str], stops: tuple[int, int] | None = None) -> dict[s
 
 
 def _steps(place: Any, credit: dict[str, Any], stops: tuple[int, int] | None) -> list[Any]:
-    from rest_mega.rollout_step import play_step
+    from rest_mega.rollout.bank import Shelf
+    from rest_mega.rollout_step import Rollouts
 
     tree = {"rollout": {"prompts_per_step": WANTED, "samples_per_prompt": SIBLINGS}}
     player = Player(stops[1] if stops and stops[0] == place.rank else None)
@@ -86,14 +87,18 @@ def _steps(place: Any, credit: dict[str, Any], stops: tuple[int, int] | None) ->
         config=RunConfig.from_dict(tree | {"credit": credit}),
         place=place,
         collector=player,
+        bank=SimpleNamespace(shelf=lambda step: Shelf({})),
         inputs=SimpleNamespace(
-            rubric=rubric, tokenizer=SimpleNamespace(token_bytes=lambda i: b"ab"[i - 1 : i])
+            train=PROMPTS,
+            rubric=rubric,
+            tokenizer=SimpleNamespace(token_bytes=lambda i: b"ab"[i - 1 : i]),
         ),
         stop=lambda: False,
     )
     stream, answer = PromptStream(PROMPTS, 0), []
+    rollouts = Rollouts(session, stream)
     for step in range(1, STEPS + 1):
-        rollout = play_step(session, stream, step)
+        rollout = rollouts.play(step)
         if rollout is None:
             answer.append(None)
             continue
@@ -178,6 +183,7 @@ def test_a_round_draws_what_is_missing_and_the_next_prompts_of_the_stream(
             "groups/trained": WANTED - missing,
             "groups/resampled": len(groups) - WANTED,
             "groups/rounds": len(rounds),
+            "groups/carried": 0,
         }
         assert step["trained"] == [stop for _, _, _, stop, _, _, kept in step["played"] if kept]
         assert len(step["advantages"]) == SIBLINGS * (WANTED - missing)

@@ -32,8 +32,9 @@ def _sampled(engine: Engine, seed: int, vocab_size: int) -> list[Sample]:
         sampled = np.arange(len(ids)) >= len(prompts[n])
         logprobs = np.zeros(len(ids), np.float32)
         logprobs[sampled] = done.logprobs_T
-        regions = np.zeros(len(ids), np.int8)
-        samples.append(Sample(ids, sampled, regions, logprobs, (-1.0) ** n))
+        regions, versions = np.zeros(len(ids), np.int8), np.full(len(ids), -1, np.int32)
+        versions[sampled] = done.version_T
+        samples.append(Sample(ids, sampled, regions, logprobs, versions, (-1.0) ** n))
     return samples
 
 

@@ -87,6 +87,7 @@ def random_samples(count: int = 8, seed: int = 0) -> list[Sample]:
                 mask_T=rng.random(length) < 0.6,
                 regions_T=rng.integers(0, 4, length).astype(np.int8),
                 logprobs_T=rng.normal(-5.5, 0.5, length).astype(np.float32),
+                version_T=np.zeros(length, np.int32),
                 advantage=float(rng.normal()),
                 reward=float(rewards[number]),
                 group=number // 4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from rest_mega.rollout.collect import Collector
 from rest_mega.rollout.engine import (
     Completion,
     Engine,
+    Enough,
     Follow,
     Request,
     Sampling,
+    never,
     one_version,
     play_in_rounds,
     seed_of,
@@ -74,6 +77,8 @@ class ScriptedEngine:
     """Says the n-th line of an episode's script in its n-th turn; its version grows by one a
     call."""
 
+    repeatable = True
+
     def __init__(self, scripts: Mapping[tuple[str, int], Sequence[str]], version: int = 7) -> None:
         """`scripts`: (prompt id, sibling) -> replies."""
         self._lines = {
@@ -98,10 +103,51 @@ class ScriptedEngine:
         versions = one_version(self.version, len(kept))
         return Completion(kept, logprobs, len(kept) == len(ids), versions)
 
-    def play(self, requests: Sequence[Request], sampling: Sampling, follow: Follow) -> None:
-        play_in_rounds(self, requests, sampling, follow)
+    def play(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        follow: Follow,
+        enough: Enough = never,
+    ) -> None:
+        play_in_rounds(self, requests, sampling, follow, enough)
 
     def close(self) -> None: ...
+
+
+class OneByOne(ScriptedEngine):
+    """Plays episode after episode; once there is enough, the others are aborted after `reached`
+    tokens of their turn."""
+
+    repeatable = False
+    reached = 2
+
+    def play(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        follow: Follow,
+        enough: Enough = never,
+    ) -> None:
+        for index, first in enumerate(requests):
+            request: Request | None = first
+            while request is not None:
+                whole = self.generate([request], sampling)[0]
+                request = follow(index, self._begun(whole) if enough() else whole)
+
+    def _begun(self, done: Completion) -> Completion:
+        n = self.reached
+        return Completion(done.ids_T[:n], done.logprobs_T[:n], False, done.version_T[:n], True)
+
+    def _complete(self, request: Request) -> Completion:
+        """The rest of the turn whose beginning the request may hold."""
+        whole = super()._complete(replace(request, max_new_tokens=2**30))
+        ids = whole.ids_T.tolist()
+        held = next(
+            n for n in range(len(ids), -1, -1) if request.ids_T.tolist()[-n:] == ids[:n] or n == 0
+        )
+        kept = slice(held, held + request.max_new_tokens)
+        return Completion(whole.ids_T[kept], whole.logprobs_T[kept], True, whole.version_T[kept])
 
 
 def collector(

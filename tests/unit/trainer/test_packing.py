@@ -21,6 +21,7 @@ def sample(length: int, number: int) -> Sample:
         mask_T=rng.random(length + 1) < 0.5,
         regions_T=rng.integers(0, 11, length + 1).astype(np.int8),
         logprobs_T=rng.normal(size=length + 1).astype(np.float32),
+        version_T=np.zeros(length + 1, np.int32),
         advantage=float(rng.normal()),
     )
 
