@@ -9,14 +9,17 @@ and their outputs between; its environment starts where the gold calls of the tu
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rest_mega.environments.bfcl import BfclEnvironment, backend, function_specs, package_data
+from rest_mega.environments.bfcl import (
+    BfclEnvironment,
+    function_specs,
+    gold_call,
+    package_data,
+)
 from rest_mega.environments.tools import ToolError
 from rest_mega.records import ToolCall
 
@@ -42,7 +45,7 @@ def rows(entry: Mapping[str, Any], gold: list[list[str]]) -> Iterator[dict[str, 
     before: list[dict[str, Any]] = []
     replay = BfclEnvironment({**world, "calls": []})
     for number, (turn, texts) in enumerate(zip(entry["question"], gold, strict=True)):
-        calls = [parse(text, classes) for text in texts]
+        calls = [dict(gold_call(text, classes)) for text in texts]
         messages += turn
         held = set().union(*(names for n, names in withheld.items() if number < int(n)))
         names = [spec["function"]["name"] for name in classes for spec in function_specs(name)]
@@ -71,18 +74,6 @@ def replayed(world: BfclEnvironment, calls: list[dict[str, Any]]) -> list[dict[s
             content = f"error: {error}"
         found.append({"role": "tool", "name": call["name"], "content": content})
     return [*found, {"role": "assistant", "content": "Done."}]
-
-
-def parse(text: str, classes: list[str]) -> dict[str, Any]:
-    """A gold call's text as {"name", "arguments"}; positional arguments get their names."""
-    node = ast.parse(text, mode="eval").body
-    assert isinstance(node, ast.Call), text
-    name = ast.unparse(node.func)
-    method = next(m for c in classes if (m := getattr(backend(c), name, None)) is not None)
-    names = list(inspect.signature(method).parameters)[1:]
-    arguments = {n: ast.literal_eval(value) for n, value in zip(names, node.args, strict=False)}
-    arguments |= {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-    return {"name": name, "arguments": arguments}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""BFCL's single-turn entries -> prompts: function documents as JSON schemas, one gold reply chosen
-from the possible answers.
+"""BFCL's entries -> prompts. Of one turn: function documents as JSON schemas, one gold reply chosen
+from the possible answers. Of several turns: tasks of the environment "bfcl".
 
-BFCL lists for each argument the values that it accepts, "" among them where the argument may be
-left out. The gold call has the first value that is not "", and leaves an optional argument out
-where that is accepted: what the question asks for is listed without "".
+In entries of one turn BFCL lists for each argument the values that it accepts, "" among them where
+the argument may be left out. The gold call has the first value that is not "", and leaves an
+optional argument out where that is accepted: what the question asks for is listed without "".
 Source: the checker of the package bfcl-eval (Apache-2.0), eval_checker/ast_eval/ast_checker.py.
 """
 
@@ -30,6 +30,9 @@ TYPES: Mapping[str, str] = {
     **dict.fromkeys(("bool", "Boolean"), "boolean"),
 }
 """BFCL's names of types that are not JSON schema's; "any" is written by leaving the type out."""
+MORE_FUNCTIONS = "I have updated some more functions you can choose from. What about now?"
+"""What the user says in a turn without a message, which offers functions that were missing before
+(constants/default_prompts.py of bfcl-eval)."""
 
 
 def bfcl_rows(path: Path) -> Iterator[Row]:
@@ -48,8 +51,10 @@ def bfcl_rows(path: Path) -> Iterator[Row]:
 
 
 def bfcl_prompt(place: str, row: Mapping[str, Any]) -> list[Prompt]:
-    """One entry {"id", "question", "function", "ground_truth"} as a prompt; RowError for a bad
-    one, for an entry of several turns, and where no answer is given."""
+    """One entry {"id", "question", "function", "ground_truth"} as a prompt, or one of several turns
+    (see `_multi_turn`); RowError for a bad one, and where no answer is given."""
+    if "involved_classes" in row:
+        return [prompt_of(place, _multi_turn(place, row), "")]
     question, functions = row.get("question"), row.get("function")
     turns = len(question) if isinstance(question, list) else 0
     expect(turns == 1, place, "question", question, "a list of one turn", f"it has {turns}")
@@ -62,6 +67,71 @@ def bfcl_prompt(place: str, row: Mapping[str, Any]) -> list[Prompt]:
         "task": {"calls": calls},
     }
     return [prompt_of(place, converted, "")]
+
+
+def _multi_turn(place: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """{"id", "question": [messages of each turn], "involved_classes", "initial_config",
+    "missed_function"?: {number of a turn: functions that it offers first}, "ground_truth": [calls
+    of each turn as text]} as a row of the environment "bfcl".
+
+    Its runner does not heed `excluded_function`, and neither does this.
+    """
+    classes, config = row.get("involved_classes"), row.get("initial_config")
+    expect(_texts(classes), place, "involved_classes", classes, "a list of names")
+    expect(isinstance(config, dict), place, "initial_config", config, "an object {class: scenario}")
+    turns = _turns(place, row)
+    return {
+        "id": row.get("id"),
+        "messages": row["question"][0],
+        "environment": "bfcl",
+        "task": {
+            "classes": classes,
+            "config": config,
+            "long_context": "long_context" in str(row.get("id")),
+            "turns": turns,
+        },
+    }
+
+
+def _turns(place: str, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the user says in each turn, which functions that offers, and its gold calls."""
+    question, truth = row.get("question"), row.get("ground_truth")
+    good = isinstance(question, list) and all(map(_is_turn, question)) and any(question[:1])
+    rule = "a list of turns, each a list of one user message; but for the first it may be empty"
+    expect(good, place, "question", question, rule)
+    good = isinstance(truth, list) and all(map(_texts, truth))
+    rule = "a list of gold calls as texts for each turn"
+    detail = f"they are read from {ANSWERS}/ beside the file, where a file of its name is"
+    expect(
+        good and len(truth or ()) == len(question or ()), place, "ground_truth", truth, rule, detail
+    )
+    missed = row.get("missed_function", {})
+    good = isinstance(missed, dict) and all(map(_texts, missed.values()))
+    expect(good, place, "missed_function", missed, "{number of a turn: list of functions}")
+    return [
+        {
+            "user": messages[0]["content"] if messages else MORE_FUNCTIONS,
+            "offers": missed.get(str(number), []),
+            "calls": calls,
+        }
+        for number, (messages, calls) in enumerate(zip(question or (), truth or (), strict=True))
+    ]
+
+
+def _is_turn(messages: object) -> bool:
+    return isinstance(messages, list) and (
+        not messages
+        or (
+            len(messages) == 1
+            and isinstance(messages[0], dict)
+            and messages[0].get("role") == "user"
+            and isinstance(messages[0].get("content"), str)
+        )
+    )
+
+
+def _texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _answers(file: Path) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,8 @@ results, headers) is the *delta*, cut out of a rendering of a dummy dialogue:
 
     <system+user prompt, header> | <reply><end> | <tool result, header> | <reply><end>
              prompt_ids          |   sampled    |   tool_result_ids     |   sampled
+
+A user's next message is appended in the same way (user_ids).
 """
 
 from __future__ import annotations
@@ -56,6 +58,11 @@ class ChatFormat:
         are broken up. Raises ConfigError where the template has no tool role.
         """
         return self._delta([tool_message(name, content) for name, content in results])
+
+    def user_ids(self, content: str) -> list[int]:
+        """Ids between an assistant turn's end-of-turn token and the next assistant turn's first
+        token where the user says `content` between them."""
+        return self._delta([{"role": "user", "content": content}])
 
     def dialogue_ids(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()

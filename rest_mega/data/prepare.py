@@ -4,7 +4,8 @@ within a length, split.
 - every prompt that was converted is counted once: train + held_out + duplicates + too_long;
 - a row is on the side of the split that a hash of (seed, its id) says: rows that are added, left
   out or moved change the side of no other row;
-- of prompts that show the model the same messages and tools the first is kept;
+- of prompts that show the model the same messages and tools the first is kept, unless their
+  environments or what these are given besides gold calls differ (a state, turns to come);
 - files are written under another name beside their own and renamed when all are complete.
 """
 
@@ -200,7 +201,9 @@ class _Candidate:
 
 def _digests(prompt: Prompt) -> tuple[str, str]:
     gold = prompt.task.get("calls", prompt.task)
-    return digest(prompt.messages, prompt.tools), digest(prompt.environment, gold)
+    world = {} if prompt.environment == "none" else {**prompt.task, "calls": None}
+    shown = digest(prompt.messages, prompt.tools, prompt.environment, world)
+    return shown, digest(gold)
 
 
 def _line(place: str, prompt: Prompt) -> str:

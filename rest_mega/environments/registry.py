@@ -35,6 +35,11 @@ class Environment(Protocol):
         """The tool's output; an exception becomes an outcome that the model sees."""
         ...
 
+    def next_user(self, answer: str) -> str | None:
+        """What the user says after a reply without calls, whose text is `answer`; None: nothing
+        more, the episode is over. Tools that the message offers are in `specs` from then on."""
+        ...
+
     def finish(self, answer: str) -> Mapping[str, Any]:
         """The verdict on the final state and the last answer: {"success": bool, ...}, or {}."""
         ...

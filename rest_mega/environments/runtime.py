@@ -4,8 +4,8 @@ opening of each episode."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rest_mega.config import EnvironmentConfig, require
 from rest_mega.environments.calls import Budget, answer_calls
@@ -20,6 +20,8 @@ from rest_mega.records import Prompt, ToolCall, ToolOutcome
 
 if TYPE_CHECKING:
     from rest_mega.dialects import Reply
+
+T = TypeVar("T")
 
 
 class ToolRuntime:
@@ -66,6 +68,11 @@ class EpisodeTools:
         self._runtime, self._environment, self._declared = runtime, environment, declared
         self._prompt = prompt
         self._budget = Budget(runtime.limits.episode_timeout_s)
+        self._offer()
+
+    def _offer(self) -> None:
+        """Take stock of what can be called now."""
+        environment, declared, prompt = self._environment, self._declared, self._prompt
         self._own = {_name(spec): spec for spec in environment.specs}
         everything = declared.tools if prompt.environment == DECLARED else self._own
         self.specs = tuple(
@@ -107,17 +114,27 @@ class EpisodeTools:
         runtime = self._runtime
         return answer_calls(self, reply, runtime.limits, cut=runtime.cut, budget=self._budget)
 
+    def next_user(self, answer: str) -> str | None:
+        """What the user says after a reply without calls, or None; RuntimeError when the
+        environment takes longer to say it than a call may."""
+        said = self._in_time("go on with", self._environment.next_user, answer)
+        self._offer()
+        return said
+
     def finish(self, answer: str) -> Mapping[str, Any]:
         """The environment's verdict; RuntimeError when it takes longer than a call may: a reward
         cannot be made up for it."""
+        return self._in_time("judge", self._environment.finish, answer)
+
+    def _in_time(self, what: str, method: Callable[[str], T], answer: str) -> T:
         seconds = self._runtime.limits.call_timeout_s
         try:
-            return within(seconds, lambda: self._environment.finish(answer))
+            return within(seconds, lambda: method(answer))
         except DeadlineError:
             raise RuntimeError(
-                f"environment {self._prompt.environment!r} did not judge prompt "
-                f"{self._prompt.id!r} within {seconds:g} s: make its finish() faster, or raise "
-                "environment.call_timeout_s"
+                f"environment {self._prompt.environment!r} did not {what} prompt "
+                f"{self._prompt.id!r} within {seconds:g} s: make its {method.__name__}() faster, "
+                "or raise environment.call_timeout_s"
             ) from None
 
 

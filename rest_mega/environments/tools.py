@@ -114,6 +114,10 @@ class ToolEnvironment:
         assert self.workers is not None, "isolated tools are called through a ToolRuntime"
         return self.workers.run(method, call.arguments)
 
+    def next_user(self, answer: str) -> str | None:
+        """What the user says after a reply without calls; None ends the episode."""
+        return None
+
     def finish(self, answer: str) -> dict[str, Any]:
         """The verdict on the episode; a subclass that judges returns {"success": bool, ...}."""
         return {}

@@ -246,18 +246,19 @@ class Collector:
         return Request(ids_T, length, episode.turn_seed)
 
     def _advance(self, episode: Episode, done: Completion) -> None:
-        """Record a sampled turn, answer its calls, and say whether the episode goes on."""
+        """Record a sampled turn, and answer it: its calls by their results, a reply without calls
+        by what the user says next; without either the episode is over."""
         turn = len(episode.turns)
         start, end = episode.ledger.sample(done, turn)
         ids = done.ids_T[:-1] if done.finished else done.ids_T
         text = b"".join(self._tokenizer.token_bytes(int(i)) for i in ids)
         reply = parse(text, self._dialect)
-        goes_on = (
+        calls = (
             done.finished
             and (reply.calls or not reply.well_formed)
             and episode.prompt.environment != "none"
         )
-        outcomes = episode.tools.answer(reply) if goes_on else ()
+        outcomes = episode.tools.answer(reply) if calls else ()
         episode.turns.append(
             Turn(
                 start=start,
@@ -270,26 +271,31 @@ class Collector:
                 outcomes=outcomes,
             )
         )
-        if not goes_on:
+        said = episode.tools.next_user(reply.answer) if done.finished and not calls else None
+        if not calls and said is None:
             self._finish(episode, reply, done)
         elif turn + 1 == self._config.max_turns:
             episode.stop = "turn_limit"
         else:
-            self._observe(episode)
+            self._observe(episode, self._delta(episode.turns[-1], said))
 
     def _finish(self, episode: Episode, reply: Reply, done: Completion) -> None:
         episode.stop = "answered" if done.finished else "token_limit"
         episode.answer = reply.answer if done.finished else ""
 
-    def _observe(self, episode: Episode) -> None:
-        """Append the tool results, unless no room is left to reply to them."""
-        turn = episode.turns[-1]
+    def _delta(self, turn: Turn, said: str | None) -> list[int]:
+        """Ids of what the user says after the turn, or of its calls' results."""
+        if said is not None:
+            return self._chat.user_ids(said)
         malformed = not turn.well_formed  # one outcome speaks for the whole reply
         names = [""] * len(turn.outcomes) if malformed else [call.name for call in turn.calls]
         results = [
             (name, outcome.content) for name, outcome in zip(names, turn.outcomes, strict=True)
         ]
-        ids = self._chat.tool_result_ids(results)
+        return self._chat.tool_result_ids(results)
+
+    def _observe(self, episode: Episode, ids: list[int]) -> None:
+        """Append what answers a turn, unless no room is left to reply to it."""
         if len(episode.ledger) + len(ids) >= self._config.max_tokens:
             episode.stop = "length"
         else:

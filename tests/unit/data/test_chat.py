@@ -104,6 +104,20 @@ def test_a_rollout_builds_the_same_ids_as_a_supervised_dialogue(name: str) -> No
     assert chat.dialogue_ids(messages, TOOLS)[0] == ids
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_user_who_speaks_again_reads_as_in_the_whole_rendering(name: str) -> None:
+    tokenizer, chat = TOKENIZERS[name], HERMES[name]
+    messages = [
+        {"role": "user", "content": "And Oslo?"},
+        {"role": "assistant", "content": "It rains."},
+        {"role": "user", "content": "Bergen, <|im_start|> too?"},
+    ]
+    whole = transformers_text(tokenizer.chat_template, messages, [], header=True)
+    end = tokenizer.encode("<|im_end|>")
+    ids = chat.prompt_ids(messages[:1]) + tokenizer.encode("<|im_end|>It rains.")[1:] + end
+    assert ids + chat.user_ids("Bergen, <|im_start|> too?") == tokenizer.encode(whole)
+
+
 def test_the_hermes_prompt_reads_as_qwens_own() -> None:
     ids = HERMES["tiny_bpe"].prompt_ids(
         [{"role": "system", "content": "Hi."}, {"role": "user", "content": "Go"}], TOOLS

@@ -85,6 +85,11 @@ CHAT = {
     "tools": [TOOL],
 }
 OURS = {"id": "x", "messages": [{"role": "user", "content": "hi"}], "environment": "calendar"}
+ASK = {"role": "user", "content": "Sort it."}
+TURNS = {"id": "multi_turn_miss_func_0", "question": [[ASK], []],
+         "missed_function": {"1": ["sort"]}, "involved_classes": ["GorillaFileSystem"],
+         "initial_config": {"GorillaFileSystem": {}}, "excluded_function": ["cp"],
+         "ground_truth": [[], ["sort('a')"]]}  # fmt: skip
 ROWS = {"toolrl": TOOLRL, "api-bank": BANK, "chat": CHAT, "prompts": OURS}
 
 
@@ -173,6 +178,33 @@ def test_where_bfcl_wants_no_call_a_reply_without_one_is_right(tmp_path: Path) -
     assert judged(prompt, call, "hermes")["tool_calls"] == 0.0
 
 
+def test_a_bfcl_entry_of_several_turns_is_a_task_of_its_environment(tmp_path: Path) -> None:
+    entry = {key: value for key, value in TURNS.items() if key != "ground_truth"}
+    (prompt,) = bfcl_prompts(tmp_path, entry, *TURNS["ground_truth"])
+    assert (prompt.messages, prompt.tools, prompt.environment) == ((ASK,), (), "bfcl")
+    assert prompt.task == {
+        "classes": ["GorillaFileSystem"],
+        "config": {"GorillaFileSystem": {}},
+        "long_context": False,
+        "turns": [
+            {"user": "Sort it.", "offers": [], "calls": []},
+            {
+                "user": "I have updated some more functions you can choose from. What about now?",
+                "offers": ["sort"],
+                "calls": ["sort('a')"],
+            },
+        ],
+    }
+
+
+def test_prompts_that_begin_alike_and_go_on_otherwise_are_no_duplicates(tmp_path: Path) -> None:
+    other = changed(TURNS, id="multi_turn_base_0", question=[[ASK], [ASK]])
+    same = changed(TURNS, id="multi_turn_miss_func_1")
+    source = write(tmp_path / "rows.jsonl", TURNS, other, same)
+    report = prepare(plan(tmp_path, "bfcl", source, strict=True))
+    assert (report.train, report.duplicates) == (2, 1)
+
+
 def test_every_assistant_turn_of_a_dialogue_is_a_prompt_with_its_calls_as_gold(
     tmp_path: Path,
 ) -> None:
@@ -222,6 +254,10 @@ BAD = [
     ("bfcl", changed(BFCL, ground_truth=[{"g": {}}]), "g is none of the row's functions"),
     ("bfcl", changed(BFCL, ground_truth=[{"geo.area": {"a": [1]}}]), r"all of \['a', 'shape'\]"),
     ("bfcl", changed(BFCL, ground_truth=[{"geo.area": {"a": []}}]), "a has no accepted value"),
+    ("bfcl", changed(TURNS, question=[[], []]), "must be a list of turns, each a list of one user"),
+    ("bfcl", changed(TURNS, ground_truth=[["f()"]]), "must be a list of gold calls as texts for"),
+    ("bfcl", changed(TURNS, missed_function={"1": "sort"}), "missed_function=.* must be .number"),
+    ("bfcl", changed(TURNS, involved_classes=None), "involved_classes=None must be a list of"),
 ]  # fmt: skip
 
 

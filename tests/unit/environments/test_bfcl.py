@@ -6,17 +6,23 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from rest_mega.config import ConfigError
+from rest_mega.data.bfcl_rows import MORE_FUNCTIONS, bfcl_prompt, bfcl_rows
 from rest_mega.environments import ToolError, make_environment
-from rest_mega.environments.bfcl import BACKENDS, function_specs
+from rest_mega.environments.bfcl import BACKENDS, function_specs, gold_call, package_data
 from rest_mega.environments.schema import check_parameters, mismatch
-from rest_mega.records import ToolCall
+from rest_mega.records import Prompt, ToolCall
+from rest_mega.rollout.engine import Sampling
 from tests.support.calls import outcomes, row
+from tests.support.rollouts import SEED, TOKENIZER, ScriptedEngine, collector
 
 pytest.importorskip(
     "bfcl_eval",
@@ -78,6 +84,149 @@ def test_gold_calls_less_the_last_one_never_succeed() -> None:
     with_calls = [one for one in ROWS if one["task"]["calls"]]
     for one in with_calls:
         assert not play(one["task"], one["task"]["calls"][:-1])[1]["success"], one["id"]
+
+
+# ------------------------------------------------------------------ entries of several turns
+
+CATEGORIES = ("base", "miss_func", "miss_param", "long_context")
+
+
+@lru_cache
+def whole_entries(category: str) -> tuple[Prompt, ...]:
+    """One of four of the package's 200 entries, as prompts."""
+    path = package_data() / f"BFCL_v4_multi_turn_{category}.json"
+    found = list(bfcl_rows(path))[::4]
+    return tuple(prompt for row in found for prompt in bfcl_prompt(row.place, row.fields()))
+
+
+def play_turns(prompt: Prompt, turns: list[list[Any]], offered_only: bool = True) -> dict[str, Any]:
+    """The verdict where the policy makes these calls turn by turn, and then talks."""
+    world = make_environment("bfcl", prompt.task)
+    for number, calls in enumerate(turns):
+        offered = {spec["function"]["name"] for spec in world.specs}
+        for text in calls:
+            call = gold_call(text, prompt.task["classes"])
+            assert call["name"] in offered or not offered_only, (prompt.id, number)
+            with suppress(ToolError):
+                world.call(ToolCall(call["name"], call["arguments"]))
+        assert (world.next_user("Done.") is None) == (number + 1 == len(prompt.task["turns"]))
+    return dict(world.finish("Done."))
+
+
+def gold(prompt: Prompt) -> list[list[Any]]:
+    return [list(turn["calls"]) for turn in prompt.task["turns"]]
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_gold_calls_of_whole_entries_succeed_and_less_the_last_fail(category: str) -> None:
+    prompts = whole_entries(category)
+    assert len(prompts) == 50
+    for prompt in prompts:
+        calls = gold(prompt)
+        assert play_turns(prompt, calls)["success"], prompt.id
+        last = max(number for number, turn in enumerate(calls) if turn)
+        calls[last].pop()
+        assert not play_turns(prompt, calls)["success"], prompt.id
+
+
+def spoilt(calls: list[list[str]], chance: Random) -> list[list[str]]:
+    """The turns with one call left out, done twice, moved to another turn or to another place."""
+    turns = [list(turn) for turn in calls]
+    start = chance.choice([number for number, turn in enumerate(turns) if turn])
+    call = turns[start].pop(chance.randrange(len(turns[start])))
+    how = chance.randrange(4)
+    if how < 3:
+        target = turns[start] if how < 2 else chance.choice(turns)
+        target.insert(chance.randint(0, len(target)), call)
+    if how == 0:
+        turns[start].insert(0, call)
+    return turns
+
+
+def test_the_verdict_is_that_of_bfcls_own_checker() -> None:
+    checker = importlib.import_module("bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker")
+    chance, seen = Random(0), set()
+    for number, prompt in enumerate(p for c in CATEGORIES[:3] for p in whole_entries(c)):
+        calls = spoilt(gold(prompt), chance)
+        entry = {
+            "id": prompt.id,
+            "initial_config": prompt.task["config"],
+            "involved_classes": prompt.task["classes"],
+        }
+        replies = [[turn] if turn else [] for turn in calls]
+        official = checker.multi_turn_checker(replies, gold(prompt), entry, "", f"spoilt_{number}")[
+            "valid"
+        ]
+        assert play_turns(prompt, calls, offered_only=False)["success"] == official, prompt.id
+        seen.add(official)
+    assert seen == {True, False}
+
+
+def test_a_turn_that_is_wrong_or_never_played_fails_the_episode() -> None:
+    prompt = next(p for p in whole_entries("base") if len(gold(p)) > 2 and len(gold(p)[0]) > 1)
+    first, *rest = gold(prompt)
+    late = [first[:-1], [first[-1], *rest[0]], *rest[1:]]  # right at the end, not at every turn
+    assert not play_turns(prompt, late)["success"]
+    assert play_turns(prompt, [first, *rest])["success"]
+    world = make_environment("bfcl", prompt.task)
+    for text in first:
+        call = gold_call(text, prompt.task["classes"])
+        world.call(ToolCall(call["name"], call["arguments"]))
+    verdict = dict(world.finish(""))
+    assert verdict == {"success": False, "state": True, "outputs": True}
+
+
+def test_functions_that_are_missing_are_offered_at_their_turn_with_their_documents() -> None:
+    for prompt in whole_entries("miss_func"):
+        (number,) = [n for n, turn in enumerate(prompt.task["turns"]) if turn["offers"]]
+        names = set(prompt.task["turns"][number]["offers"])
+        world = make_environment("bfcl", prompt.task)
+        for _ in range(number):
+            assert not names & {spec["function"]["name"] for spec in world.specs}
+            said = world.next_user("I cannot.")
+        assert said is not None
+        *documents, message = said.split("\n")
+        offered = [json.loads(text)["function"]["name"] for text in documents]
+        assert (set(offered), len(offered)) == (names, len(names))
+        assert message == MORE_FUNCTIONS
+        assert names <= {spec["function"]["name"] for spec in world.specs}
+
+
+def test_an_episode_of_several_turns_is_played_by_the_collector() -> None:
+    """The gold calls as replies, all of a turn at once, through parser, schemas and deltas."""
+    prompts = {c: whole_entries(c)[1] for c in ("base", "miss_func")}
+    for prompt in prompts.values():
+        script: list[str] = []
+        for turn in gold(prompt):
+            calls = [gold_call(text, prompt.task["classes"]) for text in turn]
+            blocks = [f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls]
+            script += ["\n".join(blocks)] * bool(turn) + ["Done."]
+        engine = ScriptedEngine({(prompt.id, 0): script})
+        sized = collector(engine, max_tokens=100_000, max_new_tokens=10_000, max_turns=20)
+        groups = sized.collect([prompt], 1, Sampling(), SEED)
+        assert groups is not None
+        (played,) = groups[0]
+        assert (played.stop, len(played.turns)) == ("answered", len(script))
+        assert played.result == {"success": True, "state": True, "outputs": True}
+        text = TOKENIZER.decode(played.ids_T.tolist())
+        assert all(turn["user"] in text for turn in prompt.task["turns"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"calls": ["touch("]}, "gold call 'touch.' of a bfcl task must be name"),
+        ({"calls": ["touch(file_name=open)"]}, "must be name.argument=literal"),
+        ({"calls": ["tuch('a')"]}, "gold call .* is of none of the classes GorillaFileSystem"),
+        ({"offers": ["tuch"], "calls": []}, "'tuch' is not known.*nearest: touch"),
+    ],
+)
+def test_a_turn_that_cannot_be_played_is_refused(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        make_environment("bfcl", {**TASK, "turns": [TASK, changes]})
+
+
+# ------------------------------------------------------------------ entries of one turn
 
 
 def test_where_nothing_is_to_be_called_any_call_fails_the_episode() -> None:

@@ -155,13 +155,43 @@ def test_a_verdict_that_hangs_stops_the_run_and_says_whose_it_is() -> None:
             time.sleep(60)
             return {}
 
+        def next_user(self, answer: str) -> str | None:
+            """Never."""
+            time.sleep(60)
+            return None
+
     ENVIRONMENTS["test undecided"] = Undecided
     episode = runtime(call_timeout_s=0.05).open(row("test undecided"))
-    with pytest.raises(
-        RuntimeError, match=r"'test undecided' did not judge prompt 'p' within 0\.05"
-    ):
-        episode.finish("")
+    for what, method in (("judge", episode.finish), ("go on with", episode.next_user)):
+        with pytest.raises(
+            RuntimeError, match=rf"'test undecided' did not {what} prompt 'p' within 0\.05"
+        ):
+            method("")
     del ENVIRONMENTS["test undecided"]
+
+
+def test_a_users_next_message_may_offer_tools_that_could_not_be_called_before() -> None:
+    class Late(ToolEnvironment):
+        def __init__(self, task: Mapping[str, Any]) -> None:
+            super().__init__(task)
+            self.specs = ()  # type: ignore[misc]
+
+        @tool
+        def late(self) -> str:
+            """Offered by the second message."""
+            return "here"
+
+        def next_user(self, answer: str) -> str | None:
+            self.specs = Late.specs  # type: ignore[misc]
+            return f"{answer}? There is `late` now."
+
+    ENVIRONMENTS["test late"] = Late
+    episode = runtime().open(row("test late"))
+    (before,) = episode.answer(reply_of(("late", {})))
+    assert episode.next_user("what") == "what? There is `late` now."
+    (after,) = episode.answer(reply_of(("late", {})))
+    assert (before.status, after.status, after.content) == ("unknown_tool", "ok", "here")
+    del ENVIRONMENTS["test late"]
 
 
 def test_endless_recursion_in_this_process_is_an_error() -> None:

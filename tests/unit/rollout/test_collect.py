@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +74,59 @@ def test_a_malformed_reply_is_answered_once_and_may_be_mended() -> None:
     assert outcome.status == "malformed"
     assert outcome.content in TOKENIZER.decode(t.ids_T[t.turns[0].end : t.turns[1].start].tolist())
     assert t.result["success"]
+
+
+class Chatty(Counter):
+    """Asks for the total of a second number once a first answer was given."""
+
+    said: tuple[str, ...] = ()
+
+    def next_user(self, answer: str) -> str | None:
+        self.said = (*self.said, answer)
+        return "Now add 4." if len(self.said) == 1 else None
+
+    def finish(self, answer: str) -> dict[str, Any]:
+        return super().finish(answer) | {"said": self.said}
+
+
+ENVIRONMENTS["test chatty"] = Chatty
+
+
+def chatty(*lines: str, **settings: int) -> Trajectory:
+    engine = ScriptedEngine({("p", 0): lines})
+    groups = collector(engine, **settings).collect(
+        [prompt("p", "test chatty")], 1, Sampling(), SEED
+    )
+    assert groups is not None
+    return groups[0][0]
+
+
+def test_a_user_who_speaks_again_is_answered_in_the_same_episode() -> None:
+    t = chatty(call(5), "5", call(4), "9")
+    parts = [
+        CHAT.prompt_ids(t.prompt.messages, Counter.specs),
+        reply_ids(call(5)),
+        CHAT.tool_result_ids([("add", "total 5")]),
+        reply_ids("5"),
+        CHAT.user_ids("Now add 4."),
+        reply_ids(call(4)),
+        CHAT.tool_result_ids([("add", "total 9")]),
+        reply_ids("9"),
+    ]
+    assert t.ids_T.tolist() == [i for part in parts for i in part]
+    assert t.mask_T.tolist() == np.repeat([False, True] * 4, [len(part) for part in parts]).tolist()
+    assert (t.stop, t.result) == ("answered", {"success": True, "answer": "9", "said": ("5", "9")})
+
+
+def test_a_user_who_speaks_again_finds_no_reply_past_the_limits() -> None:
+    whole = chatty(call(5), "5", call(4), "9")
+    said = {"success": False, "answer": "", "said": ("5",)}
+    late = chatty(call(5), "5", call(4), max_turns=2)
+    assert (late.stop, len(late.turns), late.result) == ("turn_limit", 2, said)
+    full = chatty(call(5), "5", call(4), max_tokens=whole.turns[2].start)
+    assert (full.stop, len(full.turns), full.result) == ("length", 2, said)
+    cut = chatty(call(5), "5", max_tokens=whole.turns[1].end - 1)
+    assert (cut.stop, cut.result["said"]) == ("token_limit", ())
 
 
 def test_the_last_allowed_turn_gets_its_outcome_but_no_reply() -> None:
