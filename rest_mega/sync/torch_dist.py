@@ -21,8 +21,8 @@ import torch
 
 from rest_mega.config import ConfigError
 from rest_mega.sync.byte_ranges import Extent, Files
-from rest_mega.sync.dcp_metadata import read_metadata
 from rest_mega.sync.places import Place, Places
+from rest_mega.trainer.checkpoint_pickles import read_metadata
 
 NOT_PARAMETERS = ("optimizer.", "chained_", "rng_state", "rerun_state")
 """How the keys of a training checkpoint begin that hold no parameter."""
