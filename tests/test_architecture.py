@@ -43,7 +43,7 @@ TOP = {
     "watchdog",
 }  # fmt: skip
 """Modules that put rooms together; no room imports them."""
-UNPICKLER = "sync/dcp_metadata.py"
+UNPICKLER = "trainer/checkpoint_pickles.py"
 """The one file that reads a pickle: torch.distributed.checkpoint's description of a checkpoint."""
 PURE = ("data", "dialects", "environments", "rewards", "credit", "losses", "kernels")
 NARROW = {

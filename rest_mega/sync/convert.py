@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,14 @@ import torch
 
 from rest_mega.config import ConfigError, require
 from rest_mega.sync import manifest
-from rest_mega.sync.byte_ranges import Buffer, Rows, blocks
+from rest_mega.sync.byte_ranges import Extent, Rows, blocks
 from rest_mega.sync.export import copy_side_files
 from rest_mega.sync.load import open_rows
-from rest_mega.sync.moving import Mover, dtype_name, read_back
+from rest_mega.sync.moving import Move, Mover, dtype_name, read_back
 from rest_mega.sync.names import hf_names, hf_shape
 from rest_mega.sync.places import Place, Places, find_places
-from rest_mega.sync.safetensors_files import SHARD_BYTES, Entry, SafetensorsFile, plan, write_index
-from rest_mega.sync.torch_dist import TorchDistRows, TorchDistWriter, is_torch_dist
+from rest_mega.sync.safetensors_files import SHARD_BYTES, Entry, lay_out, plan, write_index
+from rest_mega.sync.torch_dist import ITEM_BYTES, TorchDistRows, TorchDistWriter, is_torch_dist
 from rest_mega.trainer.checkpoint_files import (
     STATE,
     damage,
@@ -105,17 +106,15 @@ def convert(job: Job, parallel: Parallel) -> None:
     places = find_places(job.architecture, parallel)
     rows = _open(job.source, job.architecture, places)
     with _appearing(job.target) as partial:
-        mover = Mover(rows, job.architecture, job.quiet)
-        dtypes = (
-            _write_torch_dist(job, places, mover, partial)
-            if job.to_torch_dist
-            else _write_safetensors(job, mover, partial)
-        )
-        read, written = mover.finish()
+        lay = _lay_torch_dist if job.to_torch_dist else _lay_safetensors
+        dtypes, tasks = lay(job, places, rows, partial)
+        read, written = Mover(rows, job.architecture, job.quiet).run(tasks)
         if known is not None:
             _compare(job.source, "was damaged since its conversion", _sums(known), read)
         if job.verify:
-            back = read_back(_open(partial, job.architecture, places), job.architecture, job.quiet)
+            with _syncing(partial):
+                result = _open(partial, job.architecture, places)
+                back = read_back(result, job.architecture, job.quiet)
             _compare(job.target, "does not read back as it was written", written, back)
         tensors = {
             name: {
@@ -157,6 +156,20 @@ def _open(folder: Path, architecture: Architecture, places: Places) -> Rows:
 
 
 @contextlib.contextmanager
+def _syncing(folder: Path) -> Iterator[None]:
+    """Its files go to the disk meanwhile."""
+    with ThreadPoolExecutor(1, "sync") as worker:
+        done = worker.submit(_sync, folder)
+        yield
+        done.result()
+
+
+def _sync(folder: Path) -> None:
+    for path in (*folder.iterdir(), folder):
+        sync_to_disk(path)
+
+
+@contextlib.contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
     """A folder to write into, which gets its name when all went well and is removed otherwise."""
     partial = target.with_name(target.name + ".partial")
@@ -164,9 +177,7 @@ def _appearing(target: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for file in partial.iterdir():
-            sync_to_disk(file)
-        sync_to_disk(partial)
+        _sync(partial)
         os.replace(partial, target)
         sync_to_disk(target.parent)
     finally:
@@ -193,62 +204,62 @@ def _main_dtype(dtypes: Mapping[str, torch.dtype]) -> str:
 
 # ------------------------------------------------------------------ the two directions
 
+Laid = tuple[dict[str, torch.dtype], list[list[Move]]]
+"""Files with room for everything: (the result's dtype of each Hugging Face tensor, the moves that
+fill them)."""
 
-def _write_torch_dist(
-    job: Job, places: Places, mover: Mover, folder: Path
-) -> dict[str, torch.dtype]:
-    """Block after block of every parameter; the dtype of each Hugging Face tensor in it."""
-    dtypes = _key_dtypes(places, mover, job.dtype)
-    writer, buffer = TorchDistWriter(folder), Buffer()
+
+def _lay_torch_dist(job: Job, places: Places, rows: Rows, folder: Path) -> Laid:
+    """Room for every parameter."""
+    dtypes = _key_dtypes(places, rows, job.dtype)
+    writer, tasks = TorchDistWriter(folder), []
     for place in places.parameters:
-        for start, stop in blocks(place.shape, dtypes[place.key]):
-            block = buffer.take((stop - start, *place.shape[1:]), dtypes[place.key])
-            _fill_block(place, start, block, mover)
-            writer.add(place, start, block)
-            mover.settle()
+        dtype, moves = dtypes[place.key], list[Move]()
+        for start, stop in blocks(place.shape, dtype, ITEM_BYTES):
+            moves += _moves(place, start, stop, writer.add(place, start, stop, dtype))
+        tasks.append(moves)
     for key, value in places.objects:
         writer.add_object(key, value)
     writer.finish()
-    return {p.hf_name: dtypes[place.key] for place in places.parameters for p in place.pieces}
+    return {
+        p.hf_name: dtypes[place.key] for place in places.parameters for p in place.pieces
+    }, tasks
 
 
-def _key_dtypes(places: Places, mover: Mover, wanted: torch.dtype | None) -> dict[str, torch.dtype]:
+def _key_dtypes(places: Places, rows: Rows, wanted: torch.dtype | None) -> dict[str, torch.dtype]:
     """A key's tensor has one dtype: the wanted one, or one that holds all its pieces exactly."""
     parts: dict[str, list[torch.dtype]] = {}
     for place in places.parameters:
-        parts.setdefault(place.key, []).extend(mover.dtype(p.hf_name) for p in place.pieces)
+        parts.setdefault(place.key, []).extend(rows.dtype(p.hf_name) for p in place.pieces)
     return {
         key: wanted or functools.reduce(torch.promote_types, dtypes)
         for key, dtypes in parts.items()
     }
 
 
-def _fill_block(place: Place, start: int, block: torch.Tensor, mover: Mover) -> None:
-    """Rows of a parameter from `start` on: parts of its pieces, then padding."""
-    row, stop = 0, start + block.shape[0]
+def _moves(place: Place, first: int, last: int, target: Extent) -> Iterator[Move]:
+    """What fills `target` with a parameter's rows from `first` to `last`: parts of its pieces. Rows
+    beyond them are padding."""
+    row, width = 0, target.nbytes // (last - first)
     for piece in place.pieces:
         length = piece.stop - piece.start
-        low, high = max(start, row), min(stop, row + length)
+        low, high = max(first, row), min(last, row + length)
         if low < high:
-            mover.fill(piece.hf_name, piece.start + low - row, block[low - start : high - start])
+            start, stop = piece.start + low - row, piece.start + high - row
+            offset = target.offset + (low - first) * width
+            yield Move(piece.hf_name, start, stop, target.file, offset, target.dtype)
         row += length
-    block[max(row - start, 0) :] = 0
 
 
-def _write_safetensors(job: Job, mover: Mover, folder: Path) -> dict[str, torch.dtype]:
-    """File after file, tensor after tensor; the dtype of each."""
-    dtypes = {name: job.dtype or mover.dtype(name) for name in mover.names()}
+def _lay_safetensors(job: Job, places: Places, rows: Rows, folder: Path) -> Laid:
+    """Room for every tensor."""
+    dtypes = {name: job.dtype or rows.dtype(name) for name in rows.names()}
     entries = [Entry(n, hf_shape(n, job.architecture), dtype) for n, dtype in dtypes.items()]
-    files, buffer = plan(entries, job.shard_bytes), Buffer()
-    for file, group in files.items():
-        out = SafetensorsFile(folder / file, group)
-        for entry in group:
-            for start, stop in blocks(entry.shape, entry.dtype):
-                block = buffer.take((stop - start, *entry.shape[1:]), entry.dtype)
-                mover.fill(entry.name, start, block)
-                out.write(block)
-                mover.settle()
-        out.close()
+    files, tasks = plan(entries, job.shard_bytes), []
+    for name, group in files.items():
+        for tensor, extent in lay_out(folder / name, group).items():
+            target = (extent.file, extent.offset, extent.dtype)
+            tasks.append([Move(tensor, 0, extent.shape[0], *target)])
     names = {file: [entry.name for entry in group] for file, group in files.items()}
     write_index(folder, names, sum(entry.nbytes for entry in entries))
-    return dtypes
+    return dtypes, tasks

@@ -12,11 +12,11 @@ import torch
 from rest_mega.config import ConfigError
 from rest_mega.sync import manifest
 from rest_mega.sync.byte_ranges import Buffer, blocks
-from rest_mega.sync.dcp_metadata import read_metadata
 from rest_mega.sync.names import Piece, cut, hf_names, hf_shape, named_parameters, pieces
 from rest_mega.sync.safetensors_files import SafetensorsRows
 from rest_mega.sync.torch_dist import is_torch_dist
 from rest_mega.trainer.checkpoint import refusing
+from rest_mega.trainer.checkpoint_pickles import refuse_foreign
 from rest_mega.trainer.model import Architecture
 from rest_mega.trainer.parallel import Parallel
 
@@ -84,8 +84,8 @@ class TorchDistSource:
     """A Megatron distributed checkpoint, which mcore itself reads at any layout."""
 
     def __init__(self, path: str) -> None:
-        """ConfigError when the checkpoint's description is damaged or forged."""
-        read_metadata(Path(path))  # mcore unpickles it without a look at what it names
+        """ConfigError when a pickle of the checkpoint is damaged or forged."""
+        refuse_foreign(Path(path))
         self._path = path
 
     def load(self, chunks: list[Any]) -> None:

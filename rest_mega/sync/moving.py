@@ -1,100 +1,124 @@
-"""Rows of tensors on their way: read, cast where asked, and summed beside the reading and writing.
+"""Rows of tensors on their way: read, summed, cast where asked, written; several tensors at a time.
 
 The sum is CRC-32: it guards against damage, not against forgery, and a damage at random escapes it
-once in 2^32. zlib does 3.8 GiB per second of a core (`benchmarks/convert.py`), more than the 2.6
-of copying a file; SHA-256, even with SHA instructions, 1.7, BLAKE2b 0.9.
+once in 2^32. zlib does 3.9 GiB per second of a core (`benchmarks/convert.py`), more than the 2.6
+of copying a file; SHA-256, even with SHA instructions, 1.7, BLAKE2b 0.9. Reading, summing and
+writing release the interpreter's lock, so threads share the work.
 """
 
 from __future__ import annotations
 
+import os
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from rest_mega.config import ConfigError
-from rest_mega.sync.byte_ranges import Buffer, Rows, blocks, raw_bytes
+from rest_mega.sync.byte_ranges import Buffer, Files, Rows, blocks, raw_bytes
 from rest_mega.sync.names import hf_names, hf_shape
 from rest_mega.sync.safetensors_files import Entry
 from rest_mega.trainer.model import Architecture
 
 ALGORITHM = "crc32"
+THREADS = min(4, os.cpu_count() or 1)
+
+Sums = dict[str, str]
+"""Hugging Face name -> the sum of its bytes in order, 8 hexadecimal digits."""
 
 
-class Checksums:
-    """One running sum per tensor; rows must come in order."""
+@dataclass(frozen=True)
+class Move:
+    """`name[start:stop]` along axis 0 goes to `file` from byte `offset` on, as `dtype`."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, int] = {}
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checksums")
-        self._waiting: list[Future[None]] = []
-
-    def update(self, name: str, rows: torch.Tensor) -> None:
-        """Add the bytes of a contiguous CPU tensor, which must stay as it is until `settle`."""
-        self._waiting.append(self._worker.submit(self._add, name, raw_bytes(rows)))
-
-    def _add(self, name: str, data: memoryview) -> None:
-        self._sums[name] = zlib.crc32(data, self._sums.get(name, 0))
-
-    def settle(self) -> None:
-        """Wait until all rows so far have been read."""
-        for future in self._waiting:
-            future.result()
-        self._waiting.clear()
-
-    def finish(self) -> dict[str, str]:
-        """Name -> the sum, 8 hexadecimal digits."""
-        self.settle()
-        self._worker.shutdown()
-        return {name: f"{value:08x}" for name, value in self._sums.items()}
+    name: str
+    start: int
+    stop: int
+    file: Path
+    offset: int
+    dtype: torch.dtype
 
 
 class Mover:
-    """Reads rows, casts them where asked, and keeps the sums of what was read and what came of
-    it."""
+    """Makes moves, and keeps the sums of what was read and of what came of it."""
 
     def __init__(self, rows: Rows, architecture: Architecture, quiet: bool) -> None:
-        self._rows, self._scratch = rows, Buffer()
-        self._read, self._made = Checksums(), Checksums()
-        total = _total_bytes(rows, architecture)
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=quiet or None)
+        self._rows, self._architecture = rows, architecture
+        self._read: dict[str, int] = {}
+        self._made: dict[str, int] = {}
+        self._targets = Files(os.O_WRONLY)
+        self._bar = _bar(rows, architecture, quiet)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Of the source."""
-        return self._rows.dtype(name)
+    def run(self, tasks: Sequence[Sequence[Move]]) -> tuple[Sums, Sums]:
+        """The sums of the source's bytes, and in the result's dtypes. All moves of a tensor stand
+        in one task, in the order of its rows. ConfigError for a source that cannot be read or a
+        value beyond a dtype's range, OSError when there is no room."""
+        with ThreadPoolExecutor(THREADS, "moves") as pool, self._bar:
+            for _ in pool.map(self._carry, tasks):
+                pass
+        return _written(self._read), _written(self._read | self._made)
 
-    def names(self) -> list[str]:
-        """Of the source, in its order."""
-        return self._rows.names()
+    def _carry(self, moves: Sequence[Move]) -> None:
+        buffers = Buffer(), Buffer()
+        for move in moves:
+            columns, dtype = self._columns(move.name), self._rows.dtype(move.name)
+            offset = move.offset
+            for start, stop in blocks((move.stop - move.start, *columns), dtype):
+                raw = buffers[0].take((stop - start, *columns), dtype)
+                self._rows.read(move.name, move.start + start, raw)
+                _add(self._read, move.name, raw)
+                out = raw
+                if dtype != move.dtype:
+                    out = buffers[1].take(tuple(raw.shape), move.dtype).copy_(raw)
+                    _check_range(move.name, raw, out)
+                    _add(self._made, move.name, out)
+                self._targets.write(move.file, offset, out)
+                offset += out.nbytes
+                _advance(self._bar, raw)
 
-    def fill(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with rows of a Hugging Face tensor, the next after those filled before; it
-        must stay as it is until `settle`."""
-        dtype = self._rows.dtype(name)
-        if dtype == out.dtype:
-            self._rows.read(name, start, out)
-            self._read.update(name, out)
-        else:
-            raw = self._scratch.take(tuple(out.shape), dtype)
-            self._rows.read(name, start, raw)
-            self._read.update(name, raw)
-            out.copy_(raw)
-            _check_range(name, raw, out)
-            self._read.settle()
-            self._made.update(name, out)
-        self._bar.update(out.numel() * dtype.itemsize)
+    def _columns(self, name: str) -> tuple[int, ...]:
+        return hf_shape(name, self._architecture)[1:]
 
-    def settle(self) -> None:
-        """Wait until what was filled may be overwritten."""
-        self._read.settle()
-        self._made.settle()
 
-    def finish(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Sums by name: of the source's bytes, and in the result's dtype."""
-        self._bar.close()
-        read, made = self._read.finish(), self._made.finish()
-        return read, read | made
+def read_back(rows: Rows, architecture: Architecture, quiet: bool) -> Sums:
+    """The sums of every tensor."""
+    sums: dict[str, int] = {}
+    bar = _bar(rows, architecture, quiet, "verify")
+
+    def read(name: str) -> None:
+        (_, *columns), dtype, buffer = hf_shape(name, architecture), rows.dtype(name), Buffer()
+        for start, stop in blocks(hf_shape(name, architecture), dtype):
+            block = buffer.take((stop - start, *columns), dtype)
+            rows.read(name, start, block)
+            _add(sums, name, block)
+            _advance(bar, block)
+
+    with ThreadPoolExecutor(THREADS, "verify") as pool, bar:
+        for _ in pool.map(read, hf_names(architecture)):
+            pass
+    return _written(sums)
+
+
+def _add(sums: dict[str, int], name: str, rows: torch.Tensor) -> None:
+    sums[name] = zlib.crc32(raw_bytes(rows), sums.get(name, 0))
+
+
+def _written(sums: dict[str, int]) -> Sums:
+    return {name: f"{value:08x}" for name, value in sums.items()}
+
+
+def _bar(rows: Rows, architecture: Architecture, quiet: bool, what: str | None = None) -> tqdm:
+    total = _total_bytes(rows, architecture)
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=quiet or None)
+
+
+def _advance(bar: tqdm, rows: torch.Tensor) -> None:
+    with bar.get_lock():
+        bar.update(rows.nbytes)
 
 
 def _total_bytes(rows: Rows, architecture: Architecture) -> int:
@@ -110,23 +134,6 @@ def _check_range(name: str, raw: torch.Tensor, out: torch.Tensor) -> None:
             f"{name} has values beyond the range of {dtype_name(out.dtype)} (up to "
             f"{float(raw.float().abs().nan_to_num(0, 0).max()):.3g}); use --dtype bf16 or fp32"
         )
-
-
-def read_back(rows: Rows, architecture: Architecture, quiet: bool) -> dict[str, str]:
-    """The sums of every tensor."""
-    sums, buffers = Checksums(), (Buffer(), Buffer())
-    total = _total_bytes(rows, architecture)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=quiet or None) as bar:
-        for name in hf_names(architecture):
-            shape, dtype = hf_shape(name, architecture), rows.dtype(name)
-            for number, (start, stop) in enumerate(blocks(shape, dtype)):
-                block = buffers[number % 2].take((stop - start, *shape[1:]), dtype)
-                rows.read(name, start, block)
-                sums.settle()  # of the other buffer, summed while this one was filled
-                sums.update(name, block)
-                bar.update(block.nbytes)
-            sums.settle()
-    return sums.finish()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

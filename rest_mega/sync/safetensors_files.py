@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from rest_mega.config import ConfigError
-from rest_mega.sync.byte_ranges import Extent, Files, raw_bytes
+from rest_mega.sync.byte_ranges import Extent, Files
 
 DTYPES = {
     "F64": torch.float64,
@@ -174,36 +173,20 @@ def write_index(folder: Path, files: Mapping[str, Sequence[str]], total: int) ->
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-class SafetensorsFile:
-    """One file being written: the header at once, then the tensors' rows in the header's order."""
-
-    def __init__(self, file: Path, entries: Sequence[Entry]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._left = 0
-        for entry in entries:
-            begin, self._left = self._left, self._left + entry.nbytes
-            header[entry.name] = {
-                "dtype": _CODES[entry.dtype],
-                "shape": list(entry.shape),
-                "data_offsets": [begin, self._left],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._stream: BinaryIO = file.open("wb", buffering=0)
-        self._put(len(text).to_bytes(8, "little") + text)
-
-    def write(self, rows: torch.Tensor) -> None:
-        """The next rows, contiguous and of the header's dtype."""
-        self._left -= rows.nbytes
-        self._put(raw_bytes(rows))
-
-    def _put(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[self._stream.write(view) :]
-
-    def close(self) -> None:
-        """To the disk."""
-        assert self._left == 0, f"{self._left} bytes of the header's promise were not written"
-        os.fsync(self._stream.fileno())
-        self._stream.close()
+def lay_out(file: Path, entries: Sequence[Entry]) -> dict[str, Extent]:
+    """Write the header of a new file and give it its length; where each tensor's bytes belong."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        begin, end = end, end + entry.nbytes
+        header[entry.name] = {
+            "dtype": _CODES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("xb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+    return read_header(file)

@@ -1,5 +1,5 @@
-"""Megatron distributed checkpoints (`torch_dist`) as files: Hugging Face rows read from one, blocks
-of parameters written to one.
+"""Megatron distributed checkpoints (`torch_dist`) as files: Hugging Face rows read from one, room
+for parameters made in a new one.
 
 No byte goes through mcore's or torch's loader: `.metadata` tells in which item of which file a
 chunk lies, the item (an archive of torch.save) where its bytes are, and only those are read.
@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import io
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from rest_mega.config import ConfigError
-from rest_mega.sync.byte_ranges import Buffer, Extent, Files
-from rest_mega.sync.dcp_metadata import read_metadata
+from rest_mega.sync.byte_ranges import Extent, Files
 from rest_mega.sync.places import Place, Places
+from rest_mega.trainer.checkpoint_pickles import read_metadata
 
 NOT_PARAMETERS = ("optimizer.", "chained_", "rng_state", "rerun_state")
 """How the keys of a training checkpoint begin that hold no parameter."""
 FILE_BYTES = 4 * 2**30
 """A new file is begun beyond this size."""
+ITEM_BYTES = 32 * 2**20
+"""Of a parameter in one item: a rank that loads a part of it reads no other items."""
 
 
 def is_torch_dist(folder: Path) -> bool:
@@ -51,8 +53,9 @@ class TorchDistRows:
     """The Hugging Face tensors in a checkpoint, at whatever layout it was saved."""
 
     def __init__(self, folder: Path, places: Places) -> None:
-        """Reads `.metadata`; ConfigError names keys that are missing, unexpected or misshapen."""
-        self._folder, self._files, self._scratch = folder, Files(), Buffer()
+        """Reads `.metadata` and the items' headers; ConfigError names keys that are missing,
+        unexpected or misshapen, and files that are damaged."""
+        self._folder, self._files = folder, Files()
         metadata = read_metadata(folder)
         stored = {
             key: tensor
@@ -62,7 +65,8 @@ class TorchDistRows:
         _check_keys(folder, stored, places)
         self._dtypes = {key: tensor.properties.dtype for key, tensor in stored.items()}
         self._chunks = _index(folder, stored, metadata.storage_data, places)
-        self._extents: dict[Chunk, Extent] = {}
+        chunks = {chunk for stored_in in self._chunks.values() for chunk in stored_in}
+        self._extents = {chunk: _find_bytes(folder / chunk.file, chunk) for chunk in chunks}
         self._spans: dict[str, list[tuple[int, int, Place, int]]] = {}
         for place in places.parameters:
             row = 0
@@ -106,19 +110,14 @@ class TorchDistRows:
             )
 
     def _copy(self, chunk: Chunk, skip: int, out: torch.Tensor, depth: int) -> None:
-        extent = self._extent(chunk)
+        extent = self._extents[chunk]
         offset = extent.offset + skip * extent.dtype.itemsize
         if out.dim() < 2 or chunk.sizes[-1] == out.shape[-1]:
             self._files.read(extent.file, offset, out)
             return
-        part = self._scratch.take((out.shape[0], chunk.sizes[-1]), out.dtype)
+        part = torch.empty((out.shape[0], chunk.sizes[-1]), dtype=out.dtype)
         self._files.read(extent.file, offset, part)
         out[:, chunk.offsets[-1] : chunk.offsets[-1] + chunk.sizes[-1]] = part
-
-    def _extent(self, chunk: Chunk) -> Extent:
-        if chunk not in self._extents:
-            self._extents[chunk] = _find_bytes(self._folder / chunk.file, chunk)
-        return self._extents[chunk]
 
 
 def _linear(prefix: tuple[int, ...], chunk: Chunk) -> int:
@@ -210,25 +209,38 @@ def _find_bytes(file: Path, chunk: Chunk) -> Extent:
 # ------------------------------------------------------------------ writing
 
 
+class _Stream(io.BufferedWriter):
+    """Remembers where torch.save, told to skip the data, left a hole for them."""
+
+    hole = 0
+
+    def seek(self, target: int, whence: int = 0) -> int:
+        """As any stream's."""
+        self.hole = self.tell()
+        return super().seek(target, whence)
+
+
 class TorchDistWriter:
-    """Writes blocks of parameters, one after the other, and at the end what tells where they
-    are."""
+    """Makes room for parameters, one after the other, and at the end writes what tells where they
+    are. Rows that nobody writes are zeros."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
-        self._stream: BinaryIO | None = None
+        self._stream: _Stream | None = None
         self._tensors: dict[str, Any] = {}
         self._storage: dict[Any, Any] = {}
 
-    def add(self, place: Place, start: int, block: torch.Tensor) -> None:
-        """Rows of a parameter from `start` on; the storage of `block` is its own bytes alone."""
+    def add(self, place: Place, start: int, stop: int, dtype: torch.dtype) -> Extent:
+        """Where the rows of a parameter from `start` to `stop` belong, in one item of a file."""
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-        boxed = block.view((1,) * len(place.prefix) + tuple(block.shape))
-        offsets = torch.Size((*place.prefix, start, *(0 for _ in block.shape[1:])))
-        box = ChunkStorageMetadata(offsets, boxed.shape)
-        self._tensor(place, block.dtype).chunks.append(box)
-        self._save(MetadataIndex(place.key, offsets), boxed)
+        shape = (1,) * len(place.prefix) + (stop - start, *place.shape[1:])
+        offsets = torch.Size((*place.prefix, start, *(0 for _ in place.shape[1:])))
+        self._tensor(place, dtype).chunks.append(ChunkStorageMetadata(offsets, torch.Size(shape)))
+        with torch.serialization.skip_data():
+            item = self._save(MetadataIndex(place.key, offsets), torch.empty(shape, dtype=dtype))
+        assert self._stream is not None
+        return Extent(self._folder / item.relative_path, self._stream.hole, shape, dtype)
 
     def add_object(self, key: str, value: Any) -> None:
         """What mcore stores beside tensors, as it does itself: a list of one."""
@@ -246,7 +258,7 @@ class TorchDistWriter:
             self._tensors[place.key] = TensorStorageMetadata(properties, size, [])
         return self._tensors[place.key]
 
-    def _save(self, index: Any, value: Any) -> None:
+    def _save(self, index: Any, value: Any) -> Any:
         from torch.distributed.checkpoint.filesystem import _StorageInfo
 
         stream, name = self._file()
@@ -254,19 +266,18 @@ class TorchDistWriter:
         with _without_crc():
             torch.save(value, stream)
         self._storage[index] = _StorageInfo(name, begin, stream.tell() - begin)
+        return self._storage[index]
 
-    def _file(self) -> tuple[BinaryIO, str]:
+    def _file(self) -> tuple[_Stream, str]:
         if self._stream is not None and self._stream.tell() >= FILE_BYTES:
             self._close()
         if self._stream is None:
-            self._stream = (self._folder / f"__0_{self._count}.distcp").open("wb")
+            self._stream = _Stream(io.FileIO(self._folder / f"__0_{self._count}.distcp", "x"))
             self._count += 1
         return self._stream, f"__0_{self._count - 1}.distcp"
 
     def _close(self) -> None:
         if self._stream is not None:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
             self._stream.close()
             self._stream = None
 

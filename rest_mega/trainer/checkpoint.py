@@ -33,6 +33,7 @@ from rest_mega.trainer.checkpoint_files import (
     read_state,
     write_text,
 )
+from rest_mega.trainer.checkpoint_pickles import refuse_foreign
 from rest_mega.trainer.device import results_queue
 from rest_mega.trainer.parallel import Parallel
 from rest_mega.trainer.trainer import Trainer
@@ -211,6 +212,7 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
 
     state = read_state(folder)
     with _refusing(folder):
+        refuse_foreign(folder)
         loaded = dist_checkpointing.load(_sharded(trainer, is_loading=True), str(folder))
         _set_parameters(trainer, loaded)
         trainer.optimizer.load_state_dict(_with_empty_states(loaded["optimizer"]))
@@ -235,6 +237,7 @@ def load_parameters(trainer: Trainer, folder: Path) -> dict[str, Any]:
 
     state = read_state(folder)
     with _refusing(folder):
+        refuse_foreign(folder)
         _set_parameters(trainer, dist_checkpointing.load(_sharded_models(trainer), str(folder)))
     return state
 
@@ -259,7 +262,10 @@ def _refusing(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """The first rank's own error, cut to a line: mcore lists every tensor of the checkpoint."""
+    """The first rank's own error, cut to a line unless it is ours: mcore lists every tensor of the
+    checkpoint."""
+    if isinstance(error, ConfigError):
+        return str(error)
     failures = getattr(error, "failures", None)
     first = next(iter(failures.values()))[0] if failures else error
     text = " ".join(str(first).split())

@@ -4,6 +4,8 @@ come next."""
 from __future__ import annotations
 
 import dataclasses
+import os
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -264,6 +266,39 @@ def _refusals(
     return messages
 
 
+class MakesFolder:
+    """Unpickled by making the folder `victim`."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.victim),)
+
+
+def _forge(folder: Path, kind: str) -> None:
+    """`folder`.victim appears as soon as somebody unpickles the forged part without care."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    forged = MakesFolder(folder.with_suffix(".victim"))
+    metadata = FileSystemReader(folder).read_metadata()
+    if kind == "forged common.pt":
+        torch.save([forged], folder / "common.pt")
+    elif kind == "forged .metadata":
+        metadata.planner_data = forged
+    else:
+        at = next(i for i in metadata.storage_data if "_extra_state/shard_3_4" in i.fqn)
+        file = folder / metadata.storage_data[at].relative_path
+        begin = file.stat().st_size
+        with file.open("ab") as stream:
+            torch.save([forged], stream)
+            length = stream.tell() - begin
+        moved = dataclasses.replace(metadata.storage_data[at], offset=begin, length=length)
+        metadata.storage_data[at] = moved
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
 def _damage(folder: Path, kind: str) -> None:
     data = sorted(folder.glob("*.distcp"), key=lambda p: p.stat().st_size)[-1]
     if kind == "truncated":
@@ -277,17 +312,23 @@ def _damage(folder: Path, kind: str) -> None:
 
 
 DAMAGE = ["truncated", "empty", "missing", ".metadata", "metadata.json", "common.pt"]
+FORGED = ["forged .metadata", "forged common.pt", "forged object"]
 
 
-def test_damaged_files_are_refused_on_every_rank(model: str, saved: Any, tmp_path: Path) -> None:
+def test_damaged_and_forged_files_are_refused_on_every_rank(
+    model: str, saved: Any, tmp_path: Path
+) -> None:
     source = next((Path(saved("dp2", ADAM)[0]) / "checkpoints").iterdir())
-    folders = [str(shutil.copytree(source, tmp_path / kind)) for kind in DAMAGE]
-    for folder, kind in zip(folders, DAMAGE, strict=True):
-        _damage(Path(folder), kind)
+    kinds = [*DAMAGE, *FORGED]
+    folders = [str(shutil.copytree(source, tmp_path / kind)) for kind in kinds]
+    for folder, kind in zip(folders, kinds, strict=True):
+        (_forge if kind in FORGED else _damage)(Path(folder), kind)
     for messages in run_ranks(_refusals, 2, model, folders, ParallelConfig(), ADAM):
-        for folder, kind, message in zip(folders, DAMAGE, messages, strict=True):
+        for folder, kind, message in zip(folders, kinds, messages, strict=True):
             assert folder in message, f"{kind}: {message!r}"
             assert "run.fresh=true" in message
+            assert ("posix.mkdir" in message) == (kind in FORGED), message
+    assert not list(tmp_path.glob("*.victim")), "what was forged ran"
 
 
 @pytest.mark.parametrize("other", ["adam", "muon"])

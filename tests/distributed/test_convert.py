@@ -209,7 +209,7 @@ def _any_model(folder: str, examples: int) -> int:
         kv_heads=st.integers(1, 4),
         queries=st.integers(1, 3),
         head_dim=st.sampled_from([2, 4, 6]),
-        hidden=st.integers(1, 6).map(lambda n: 4 * n),
+        width=st.integers(1, 6),
         ffn=st.integers(1, 40),
         layers=st.integers(1, 4),
         vocab=st.integers(1, 300),
@@ -218,17 +218,18 @@ def _any_model(folder: str, examples: int) -> int:
             st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), min_size=1, max_size=2
         ),
         block=st.integers(1, 5000),
+        item=st.integers(1, 5000),
         limit=st.integers(500, 100_000),
     )
     def there_and_back(**case: Any) -> None:
         nonlocal tried
         tried += 1
-        byte_ranges.BLOCK_BYTES = case["block"]
+        byte_ranges.BLOCK_BYTES, convert.ITEM_BYTES = case["block"], case["item"]
         base = Path(folder) / str(tried)
         base.mkdir()
         config = {
             "model_type": case["family"],
-            "hidden_size": case["hidden"],
+            "hidden_size": case["kv_heads"] * case["queries"] * case["width"],
             "intermediate_size": case["ffn"],
             "num_hidden_layers": case["layers"],
             "num_attention_heads": case["kv_heads"] * case["queries"],

@@ -4,6 +4,7 @@ refused."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from rest_mega.config import ConfigError
 from rest_mega.sync import byte_ranges
-from rest_mega.sync.byte_ranges import Buffer, blocks
+from rest_mega.sync.byte_ranges import Buffer, Files, blocks
 from rest_mega.sync.safetensors_files import (
     DTYPES,
     Entry,
-    SafetensorsFile,
     SafetensorsRows,
+    lay_out,
     plan,
     read_header,
 )
@@ -41,11 +42,12 @@ def test_what_we_write_in_blocks_the_library_reads(
     held: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     ((name, group),) = plan([entry(n, t) for n, t in held.items()], 10**6).items()
-    file = SafetensorsFile(tmp_path / name, group)
-    for e in group:
-        for start in range(0, e.shape[0], 2):
-            file.write(held[e.name][start : start + 2])
-    file.close()
+    files = Files(os.O_WRONLY)
+    for written, place in lay_out(tmp_path / name, group).items():
+        width = place.nbytes // max(place.shape[0], 1)
+        for start in reversed(range(0, place.shape[0], 2)):
+            rows = held[written][start : start + 2]
+            files.write(place.file, place.offset + start * width, rows)
     found = load_file(tmp_path / name)
     assert found.keys() == held.keys()
     for name, tensor in held.items():

@@ -1,12 +1,15 @@
-"""The `.metadata` of a torch.distributed.checkpoint folder, read so that nothing foreign runs.
+"""The pickles in a checkpoint folder, read so that nothing foreign runs.
 
-The file is a pickle. The sole unpickler of the package: it knows the classes that describe a
-checkpoint and refuses every other name before anything of that name is called.
+`.metadata` describes the tensors; `common.pt` and the objects between the tensors in *.distcp are
+archives of torch.save. mcore and torch unpickle `.metadata` and those objects without a look at
+what they name. The sole unpickler of the package: it knows the classes that describe a checkpoint
+and refuses every other name before anything of that name is called.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -68,3 +71,35 @@ def read_metadata(folder: Path) -> Any:
             "convert the checkpoint anew"
         ) from error
     return metadata
+
+
+def refuse_foreign(folder: Path) -> None:
+    """ConfigError when a pickle of the checkpoint is damaged or names anything that no checkpoint
+    holds. To be called before mcore reads the folder."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+    metadata = read_metadata(folder)
+    if (folder / "common.pt").exists():
+        _refuse(folder / "common.pt", 0, -1)
+    for key, kind in metadata.state_dict_metadata.items():
+        if isinstance(kind, BytesStorageMetadata):
+            item = metadata.storage_data.get(MetadataIndex(key))
+            name = getattr(item, "relative_path", "")
+            if not name or Path(name).name != name:
+                raise ConfigError(f"{folder}/.metadata: {key} has no place in a file of the folder")
+            _refuse(folder / name, int(item.offset), int(item.length))
+
+
+def _refuse(file: Path, begin: int, length: int) -> None:
+    """By torch's own restricted unpickler, with the classes that mcore adds to it."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(begin)
+            torch.load(io.BytesIO(stream.read(length)), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive raises almost anything
+        why = error.__context__ or error  # torch wraps it into advice to trust the file
+        text = str(why).strip().partition("\n")[0].partition(". Please use")[0]
+        raise ConfigError(
+            f"{file} is damaged or forged ({type(why).__name__}: {text}); fetch or convert the "
+            "checkpoint anew"
+        ) from error
