@@ -18,6 +18,7 @@ TOKENIZER = Path(__file__).parents[1] / "data" / "tiny_bpe"
 
 MODULE = '''"""The environment and the reward of the tiny run."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -45,7 +46,7 @@ class Parity(ToolEnvironment):
 
     def finish(self, answer: str) -> dict:
         asked = Path(__file__).with_name("interrupt")
-        if asked.exists():
+        with contextlib.suppress(FileNotFoundError):  # episodes end side by side
             asked.unlink()
             os.kill(os.getpid(), signal.SIGINT)
         with Path(__file__).with_name("verdicts").open("a") as file:
