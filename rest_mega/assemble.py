@@ -231,10 +231,12 @@ def _open(
     directory = _together(
         place, lambda: RunDirectory(run_dir, fresh=config.run.fresh) if claim else None
     )
-    found, damaged = checkpoint.find_intact(place, run_dir)
+    origin = run_dir
+    found, damaged = checkpoint.find_intact(place, origin)
     if found is None and not damaged and config.run.load:
-        found, damaged = checkpoint.find_intact(place, Path(config.run.load))
-    _together(place, lambda: _refuse_if_damaged(run_dir, found, damaged))
+        origin = Path(config.run.load)
+        found, damaged = checkpoint.find_intact(place, origin)
+    _together(place, lambda: _refuse_if_damaged(origin, found, damaged))
     resumed: Mapping[str, Any] = {}
     if found is not None:
         restore = checkpoint.load if trains else checkpoint.load_parameters

@@ -66,15 +66,13 @@ def read(run: Path, step: int, words: Sequence[str] = ()) -> RunConfig:
 def _source(run: Path, step: int) -> tuple[str, Path]:
     """(checkpoint to begin from, bank that has every step from there)."""
     require(step >= 1, f"--step {step}: steps count from 1")
-    intact = [folder for folder in candidates(run) if not damage(folder)]
-    before = [folder for folder in intact if (step_of(folder) or 0) < step]
-    start = (step_of(before[0]) or 0) if before else 0
-    first = str(before[0]) if before else ""
+    intact = {step_of(folder) or 0: str(folder) for folder in candidates(run) if not damage(folder)}
+    start = max((saved for saved in intact if saved < step), default=0)
     for bank in (run / "bank", run / "dumps" / f"step_{step}" / "bank"):
         needed = [f"step_{number:08d}" for number in range(start + 1, step + 1)]
         missing = [name for name in needed if not list(bank.glob(f"{name}.*.jsonl"))]
         if not missing:
-            return first, bank
+            return intact.get(start, ""), bank
     raise ConfigError(
         f"step {step} of {run} cannot be replayed: the checkpoint before it is of step {start}, "
         f"and {run / 'bank'} does not have all of {needed[0]} to {needed[-1]}. Runs keep them with "

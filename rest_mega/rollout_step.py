@@ -146,7 +146,7 @@ class Rollouts:
             ]
 
     def _play_rounds(self, step: int, shelf: Shelf | None) -> list[_Round]:
-        """None where a stop was asked for."""
+        """Empty where a stop was asked for."""
         config, rounds = self._s.config, list[_Round]()
         further = config.credit.resample_rounds if config.credit.equal_groups == "resample" else 0
         missing = config.rollout.prompts_per_step

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from rest_mega.config import ConfigError, one_of, require
-from rest_mega.environments.schema import Spec
+from rest_mega.environments.schema import Spec, spec_name
 from rest_mega.environments.tools import ToolError, Traits
 from rest_mega.records import ToolCall
 
@@ -65,7 +65,7 @@ class BfclEnvironment:
         self._turns = [_Turn(turn, task["classes"]) for turn in task.get("turns") or [task]]
         self._world = _World(task)
         self._everything = [spec for name in task["classes"] for spec in function_specs(name)]
-        known = [_name(spec) for spec in self._everything]
+        known = [spec_name(spec) for spec in self._everything]
         for name in (name for turn in self._turns for name in turn.offers):
             one_of("a function that a turn of a bfcl task offers", name, known)
         self.traits = {name: Traits() for name in known}
@@ -77,7 +77,7 @@ class BfclEnvironment:
     def specs(self) -> Sequence[Spec]:
         """Specs of all functions but those that a later turn offers."""
         later = {name for turn in self._turns[len(self._verdicts) + 1 :] for name in turn.offers}
-        return [spec for spec in self._everything if _name(spec) not in later]
+        return [spec for spec in self._everything if spec_name(spec) not in later]
 
     def call(self, call: ToolCall) -> str:
         """What the backend's method returns, as BFCL writes it; ToolError for what it raises."""
@@ -90,7 +90,7 @@ class BfclEnvironment:
         if len(self._verdicts) == len(self._turns):
             return None
         turn = self._turns[len(self._verdicts)]
-        offered = [spec for spec in self._everything if _name(spec) in turn.offers]
+        offered = [spec for spec in self._everything if spec_name(spec) in turn.offers]
         return "\n".join([*map(json.dumps, offered), turn.user])
 
     def finish(self, answer: str) -> dict[str, Any]:
@@ -202,10 +202,6 @@ def gold_call(call: str | Mapping[str, Any], classes: Sequence[str]) -> Mapping[
     require(bool(methods), f"gold call {call!r} is of none of the classes {', '.join(classes)}")
     names = list(inspect.signature(methods[-1]).parameters)[1:]
     return {"name": name, "arguments": dict(zip(names, values, strict=False)) | arguments}
-
-
-def _name(spec: Spec) -> str:
-    return str(spec["function"]["name"])
 
 
 def _text(result: Any) -> str:

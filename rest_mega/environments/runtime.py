@@ -13,7 +13,7 @@ from rest_mega.environments.deadline import DeadlineError, within
 from rest_mega.environments.declared import DeclaredTools
 from rest_mega.environments.registry import DECLARED, Environment, make_environment
 from rest_mega.environments.results import Vocabulary, cut_tokens
-from rest_mega.environments.schema import check_parameters
+from rest_mega.environments.schema import check_parameters, spec_name
 from rest_mega.environments.tools import ToolEnvironment
 from rest_mega.environments.workers import Workers
 from rest_mega.records import Prompt, ToolCall, ToolOutcome
@@ -73,7 +73,7 @@ class EpisodeTools:
     def _offer(self) -> None:
         """Take stock of what can be called now."""
         environment, declared, prompt = self._environment, self._declared, self._prompt
-        self._own = {_name(spec): spec for spec in environment.specs}
+        self._own = {spec_name(spec): spec for spec in environment.specs}
         everything = declared.tools if prompt.environment == DECLARED else self._own
         self.specs = tuple(
             self._spec(wanted, prompt.environment) for wanted in prompt.tools or everything
@@ -81,7 +81,7 @@ class EpisodeTools:
         """OpenAI function specs, as the model is shown them."""
         self.traits = {
             name: environment.traits[name] if name in self._own else declared.tools[name].traits
-            for name in map(_name, self.specs)
+            for name in map(spec_name, self.specs)
             if name in self._own or prompt.environment != "none"
         }
 
@@ -89,7 +89,7 @@ class EpisodeTools:
         """What the model is shown of a tool that the row names; a whole spec is shown as it is."""
         if environment == "none" and not isinstance(wanted, str):
             return wanted
-        name = wanted if isinstance(wanted, str) else _name(wanted)
+        name = wanted if isinstance(wanted, str) else spec_name(wanted)
         if name not in self._own:
             known = [*self._own, *self._declared.tools]
             near = difflib.get_close_matches(name, known, n=3)
@@ -118,7 +118,8 @@ class EpisodeTools:
         """What the user says after a reply without calls, or None; RuntimeError when the
         environment takes longer to say it than a call may."""
         said = self._in_time("go on with", self._environment.next_user, answer)
-        self._offer()
+        if said is not None:
+            self._offer()
         return said
 
     def finish(self, answer: str) -> Mapping[str, Any]:
@@ -136,7 +137,3 @@ class EpisodeTools:
                 f"{self._prompt.id!r} within {seconds:g} s: make its {method.__name__}() faster, "
                 "or raise environment.call_timeout_s"
             ) from None
-
-
-def _name(spec: Mapping[str, Any]) -> str:
-    return str(spec["function"]["name"])

@@ -34,6 +34,11 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
 }
 
 
+def spec_name(spec: Mapping[str, Any]) -> str:
+    """Name of the function that an OpenAI spec describes."""
+    return str(spec["function"]["name"])
+
+
 def function_spec(function: Callable[..., Any]) -> Spec:
     """The OpenAI spec of a function: name, first paragraph of its docstring, parameters from its
     signature.

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -90,28 +90,29 @@ class Bank:
     def shelf(self, step: int) -> Shelf:
         """The step's episodes that any replica has kept, and room for more."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        rows: dict[str, Row] = {}
+        rows = _rows(self._folder, step, self._stamp)
         mine = self._folder / _name(step, self._replica)
-        for file in _files(self._folder, step):
-            rows |= read_rows(file, self._stamp)
         whole = mine.exists() and _mend(mine, self._stamp)
         handle = mine.open("a" if whole else "w")
         if not whole:
             handle.write(json.dumps({"stamp": self._stamp}) + "\n")
             handle.flush()
-        later = [file for file in _files(self._folder, None) if _step_of(file) > step]
-        return Shelf(rows, handle, tuple(later))
+        later = tuple(file for file, kept in _files(self._folder).items() if kept > step)
+        return Shelf(rows, handle, later)
 
     def prune(self, step: int) -> None:
         """Remove what was kept for `step` and the steps before it."""
-        for file in _files(self._folder, None):
-            if _step_of(file) <= step:
-                file.unlink(missing_ok=True)
+        self._remove(lambda kept: kept <= step)
 
     def forget(self, step: int) -> None:
         """Remove what was kept for `step`: its episodes are not to be used again."""
-        for file in _files(self._folder, step):
-            file.unlink(missing_ok=True)
+        self._remove(lambda kept: kept == step)
+
+    def _remove(self, of: Callable[[int], bool]) -> None:
+        """The files of the steps that `of` picks; another lead may be doing the same."""
+        for file, kept in _files(self._folder).items():
+            if of(kept):
+                file.unlink(missing_ok=True)
 
 
 class NoBank(Bank):
@@ -119,7 +120,7 @@ class NoBank(Bank):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, "", 0)
-        self.prune(2**62)
+        self._remove(lambda kept: True)
 
     def shelf(self, step: int) -> Shelf:
         """Empty."""
@@ -132,7 +133,7 @@ class ReadOnlyBank(Bank):
     def __init__(self, folder: Path) -> None:
         """ConfigError when there is nothing."""
         super().__init__(folder, "", 0)
-        if not _files(folder, None):
+        if not _files(folder):
             raise ConfigError(
                 f"rollout.replay={str(folder)!r} holds no step_*.jsonl; name a run's bank "
                 "(kept with rollout.record=true) or the bank folder of a dump"
@@ -140,10 +141,7 @@ class ReadOnlyBank(Bank):
 
     def shelf(self, step: int) -> Shelf:
         """The step's episodes, whoever played them."""
-        rows: dict[str, Row] = {}
-        for file in _files(self._folder, step):
-            rows |= read_rows(file, None)
-        return Shelf(rows)
+        return Shelf(_rows(self._folder, step, None))
 
     def prune(self, step: int) -> None:
         """Nothing."""
@@ -165,8 +163,17 @@ def write_rows(folder: Path, step: int, replica: int, rows: Iterable[Row]) -> No
         file.write(as_lines(rows))
 
 
-def read_rows(file: Path, stamp: str | None) -> dict[str, Row]:
-    """Key of an episode -> its last row; none when the file has another stamp (None: any).
+def _rows(folder: Path, step: int, stamp: str | None) -> dict[str, Row]:
+    """What any replica has kept for the step: key of an episode -> its last row."""
+    rows: dict[str, Row] = {}
+    for file, kept in _files(folder).items():
+        if kept == step:
+            rows |= _read(file, stamp)
+    return rows
+
+
+def _read(file: Path, stamp: str | None) -> dict[str, Row]:
+    """The rows of a file by key; none when it has another stamp (None: any).
 
     ConfigError for a line that is none of ours, unless it is the last and cut off.
     """
@@ -198,12 +205,7 @@ def _name(step: int, replica: int) -> str:
     return f"step_{step:08d}.{replica}.jsonl"
 
 
-def _step_of(file: Path) -> int:
-    match = re.fullmatch(r"step_(\d+)\.\d+\.jsonl", file.name)
-    return int(match.group(1)) if match else 2**63
-
-
-def _files(folder: Path, step: int | None) -> list[Path]:
-    """The bank's files of a step, or of all."""
-    found = sorted(folder.glob("step_*.jsonl"))
-    return [f for f in found if _step_of(f) < 2**63 and step in (None, _step_of(f))]
+def _files(folder: Path) -> dict[Path, int]:
+    """The bank's files, and the step of each."""
+    found = {f: re.fullmatch(r"step_(\d+)\.\d+\.jsonl", f.name) for f in folder.glob("step_*")}
+    return {file: int(match.group(1)) for file, match in sorted(found.items()) if match}

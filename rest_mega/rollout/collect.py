@@ -15,7 +15,7 @@ from rest_mega.data.tokenizer import Tokenizer
 from rest_mega.dialects import Reply, parse
 from rest_mega.environments import EpisodeTools, ToolRuntime
 from rest_mega.environments.deadline import together
-from rest_mega.records import Prompt, Trajectory, Turn
+from rest_mega.records import Ints, Prompt, Trajectory, Turn
 from rest_mega.rollout.engine import Completion, Engine, Request, Sampling
 from rest_mega.rollout.episode import (
     Episode,
@@ -31,7 +31,7 @@ from rest_mega.rollout.episode import (
 from rest_mega.rollout.ledger import Ledger
 
 
-def nowhere(seed: str, member: Episode | Trajectory) -> None:
+def _nowhere(seed: str, member: Episode | Trajectory) -> None:
     """Keeps nothing of an episode that is over."""
 
 
@@ -76,9 +76,9 @@ def _prompt_ids(
     return ids
 
 
-def ids_differ(episode: Episode, ids: Sequence[int]) -> bool:
-    """The episode does not hold just these tokens."""
-    return episode.ledger.ids_T.tolist() != list(ids)
+def _holds(episode: Episode, ids_T: Ints) -> bool:
+    """The episode has just these tokens."""
+    return np.array_equal(episode.ledger.ids_T, ids_T)
 
 
 class _Play:
@@ -166,7 +166,7 @@ class Collector:
         groups: Sequence[Group],
         sampling: Sampling,
         need: int | None = None,
-        keep: Callable[[str, Episode | Trajectory], None] = nowhere,
+        keep: Callable[[str, Episode | Trajectory], None] = _nowhere,
     ) -> bool:
         """Play the open episodes of the groups, until `need` groups (all unless given) are done;
         False when a stop was asked for.
@@ -179,8 +179,7 @@ class Collector:
 
         def follow(index: int, done: Completion) -> Request | None:
             group, place = places[index]
-            episode = group.members[place]
-            assert isinstance(episode, Episode), "an episode that is over was sampled"
+            episode = self._member(group, place)
             whole = episode.begun.then(done) if episode.begun is not None else done
             episode.begun = None
             if done.aborted:
@@ -223,9 +222,8 @@ class Collector:
 
     def _restore(self, group: Group, place: int, row: Row) -> None:
         before = self._member(group, place)
-        (fresh,) = self.open(group.prompt, 1, group.seed, before.sibling).members
-        assert isinstance(fresh, Episode), "it has just been opened"
-        if ids_differ(fresh, prompt_ids_of(row)):
+        fresh = self._member(self.open(group.prompt, 1, group.seed, before.sibling), 0)
+        if not _holds(fresh, prompt_ids_of(row)):
             return
         if is_over(row):
             group.members[place] = trajectory_of(row, group.prompt)
@@ -233,7 +231,7 @@ class Collector:
         for done in completions_of(row):
             self._advance(fresh, done)
         fresh.begun = begun_of(row)
-        if not fresh.stop and not ids_differ(fresh, ids_of(row).tolist()):
+        if not fresh.stop and _holds(fresh, ids_of(row)):
             group.members[place] = fresh
 
     def _request(self, episode: Episode) -> Request:

@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 """One episode as JSON holds it; see `row_of`."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Episode:
     """One trajectory while it grows."""
 
@@ -42,7 +42,7 @@ class Episode:
         return seed_of(self.seed, self.prompt.id, self.sibling, len(self.turns))
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """The siblings of one prompt, played or being played."""
 
@@ -84,9 +84,11 @@ def row_of(member: Episode | Trajectory, seed: str) -> dict[str, Any]:
 
     RuntimeError where the environment's verdict is nothing that JSON has.
     """
-    over = isinstance(member, Trajectory)
-    tokens = member if isinstance(member, Trajectory) else member.ledger
-    begun = None if isinstance(member, Trajectory) else member.begun
+    tokens: Trajectory | Ledger
+    if isinstance(member, Trajectory):
+        tokens, begun, result = member, None, _plain(member)
+    else:
+        tokens, begun, result = member.ledger, member.begun, None
     return {
         "seed": seed,
         "prompt": member.prompt.id,
@@ -97,8 +99,8 @@ def row_of(member: Episode | Trajectory, seed: str) -> dict[str, Any]:
         "version": _packed(tokens.version_T),
         "turns": [_turn_row(turn) for turn in member.turns],
         "begun": begun and [_packed(x) for x in (begun.ids_T, begun.logprobs_T, begun.version_T)],
-        "stop": member.stop if over else "",
-        "result": _plain(member) if isinstance(member, Trajectory) else None,
+        "stop": member.stop,
+        "result": result,
     }
 
 
@@ -156,10 +158,10 @@ def begun_of(row: Row) -> Completion | None:
     )
 
 
-def prompt_ids_of(row: Row) -> list[int]:
+def prompt_ids_of(row: Row) -> Ints:
     """The tokens before the first that was sampled."""
     sampled = np.flatnonzero(_unpacked(row["turn"], np.int32) >= 0)
-    return [int(i) for i in ids_of(row)[: sampled[0] if len(sampled) else None]]
+    return ids_of(row)[: sampled[0] if len(sampled) else None]
 
 
 def _packed(array: np.ndarray) -> str:

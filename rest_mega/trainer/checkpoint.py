@@ -22,12 +22,12 @@ import torch
 from rest_mega.config import ConfigError
 from rest_mega.trainer.background import Background
 from rest_mega.trainer.checkpoint_files import (
+    EPISODES,
     candidates,
     checksum,
     complete,
     damage,
     damaged_file,
-    episodes_name,
     folder_of,
     read_manifest,
     read_state,
@@ -112,13 +112,16 @@ class _Pending:
         """What the child does: mcore's own writing; returns mcore's result and the sums of this
         rank's files."""
         request, partial, rank = self._request, self._partial, self._parallel.rank
-        episodes = {partial / episodes_name(rank): self._episodes} if self._episodes else {}
+        episodes, own = self._episodes, partial / EPISODES.format(rank)
         arguments = list(request.async_fn_args)
         if request.preload_fn is not None:
             arguments[1] = request.preload_fn()  # to host memory
 
         def write() -> tuple[Any, dict[str, tuple[int, int]]]:
-            sums = {file.name: write_text(file, text) for file, text in episodes.items()}
+            sums: dict[str, tuple[int, int]] = {}
+            if episodes:
+                write_text(own, episodes)
+                sums[own.name] = checksum(own)
             if request.async_fn is None:
                 return None, sums
             request.async_fn(*arguments, **request.async_fn_kwargs)

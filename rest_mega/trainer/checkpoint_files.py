@@ -27,6 +27,8 @@ from typing import Any
 from rest_mega.config import ConfigError
 
 STATE, MANIFEST = "run_state.json", "manifest.json"
+EPISODES = "episodes_{}.jsonl"
+"""Of a rank."""
 STATE_KEYS = ("step", "optimizer_steps", "verb", "config")
 
 Sums = Mapping[str, tuple[int, int]]
@@ -141,23 +143,17 @@ def _write_json(file: Path, tree: Mapping[str, Any]) -> None:
     write_text(file, json.dumps(tree, indent=1))
 
 
-def write_text(file: Path, text: str) -> tuple[int, int]:
-    """Write a file that lasts through a power cut; its (bytes, CRC-32)."""
+def write_text(file: Path, text: str) -> None:
+    """Write a file that lasts through a power cut."""
     with file.open("w", encoding="utf-8") as out:
         out.write(text)
         out.flush()
         os.fsync(out.fileno())
-    return checksum(file)
-
-
-def episodes_name(rank: int) -> str:
-    """The file of a rank's unfinished episodes."""
-    return f"episodes_{rank}.jsonl"
 
 
 def read_episodes(folder: Path) -> list[str]:
     """The lines of all ranks' unfinished episodes."""
-    files = sorted(folder.glob(episodes_name(0).replace("0", "*")))
+    files = sorted(folder.glob(EPISODES.format("*")))
     return [line for file in files for line in file.read_text("utf-8").splitlines()]
 
 
