@@ -76,7 +76,7 @@ def _sglang(
         model_path=model_path,
         dtype=dtype,
         end_of_turn_ids=tokenizer.end_of_turn_ids,
-        device=str(device.type),
+        device=str(device),
         folder=folder,
     )
 

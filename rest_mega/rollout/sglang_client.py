@@ -124,8 +124,9 @@ class Client:
         await self._done("/end_weight_update", {})
 
     async def load_tensors(self, payloads: Sequence[str]) -> None:
-        """Weights as base64 text of a pickle, one per tensor rank."""
-        body = {"serialized_named_tensors": list(payloads), "flush_cache": False}
+        """A bucket of weights as base64 text of a pickle, one per tensor rank."""
+        listed = {"serialized_named_tensors": list(payloads), "load_format": "flattened_bucket"}
+        body = {**listed, "flush_cache": False}
         await self._done("/update_weights_from_tensor", body)
 
     async def load_folder(self, folder: str) -> None:
@@ -141,8 +142,10 @@ class Client:
         await self._done("/destroy_weights_update_group", {"group_name": name})
 
     async def receive(self, listed: Mapping[str, Any]) -> None:
-        """Take part in the broadcasts of `names`, with `dtypes` and `shapes`, in this order."""
-        await self._done("/update_weights_from_distributed", {**listed, "flush_cache": False})
+        """Take part in one broadcast of `names`, with `dtypes` and `shapes`, one after the
+        other."""
+        body = {**listed, "load_format": "flattened_bucket", "flush_cache": False}
+        await self._done("/update_weights_from_distributed", body)
 
     async def name_version(self, version: int | None) -> None:
         """What the loaded weights are called from now on; None while they are being replaced."""

@@ -15,7 +15,8 @@ from rest_mega.rollout.engine import Completion, Enough, Follow, Request, Sampli
 from rest_mega.rollout.sglang_episodes import Episodes
 from rest_mega.rollout.sglang_fleet import Fleet, Worker
 from rest_mega.rollout.sglang_server import Server, default_arguments
-from rest_mega.rollout.sglang_update import Broadcast, Disk, Tensors, Transport, Update, restore
+from rest_mega.rollout.sglang_transports import Broadcast, Disk, Tensors, Transport
+from rest_mega.rollout.sglang_update import Update, restore
 from rest_mega.rollout.sglang_weights import (
     DTYPES,
     Checksums,
@@ -45,11 +46,13 @@ class SglangEngine:
     ) -> None:
         """Start or attach to the servers; ConfigError when they do not become ready.
 
-        `folder` takes their logs and the copy of the weights.
+        `device`: this process's, "cpu" or "cuda:N"; servers run on the same kind. `folder` takes
+        their logs and the copy of the weights.
         """
-        arguments = default_arguments(model_path, dtype, device) | dict(config.arguments)
+        kind = device.partition(":")[0]
+        arguments = default_arguments(model_path, dtype, kind) | dict(config.arguments)
         one_of("rollout.sglang.dtype", arguments["dtype"], DTYPES)
-        self._config = config
+        self._config, self._device = config, device
         self._shapes = expected_shapes(model_path)
         self._dtype = DTYPES[arguments["dtype"]]
         vocab_size = self._shapes["model.embed_tokens.weight"][0]
@@ -74,7 +77,8 @@ class SglangEngine:
         if self._config.transport == "disk":
             return Disk(self._kept)
         if self._config.transport == "distributed":
-            return Broadcast(self._config.master_host, self._config.update_timeout_s)
+            seconds = self._config.update_timeout_s
+            return Broadcast(self._config.master_host, seconds, self._device)
         return Tensors()
 
     @property
