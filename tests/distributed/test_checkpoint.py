@@ -120,20 +120,55 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_model(tmp_path_factory.mktemp("model"), "qwen3"))
 
 
+SAME = [("adam distributed", "dp2"), ("adam", "tp2"), ("muon", "pp2"), ("sgd", "1")]
+OTHER = [
+    ("adam distributed", "dp2", "tp2"),
+    ("adam distributed", "dp2", "pp2 vpp2"),
+    ("adam distributed", "tp2 pp2 sp", "1"),
+    ("adam", "tp2", "pp2"),
+    ("muon", "pp2", "dp2"),
+]
+"""(optimizer, layout that saves, layout that goes on)."""
+GOES_ON = [(name, layout, layout) for name, layout in SAME] + OTHER
+
+
+def _on_all(run: Any, cases: dict[Any, tuple[Any, ...]], layouts: dict[Any, str]) -> dict[Any, Any]:
+    """Rank 0's answer to each case, a case's ranks by its layout: those of one number of ranks run
+    one after another in the same processes."""
+    answers: dict[Any, Any] = {}
+    for world in sorted({LAYOUTS[layout][0] for layout in layouts.values()}):
+        mine = [case for case in cases if LAYOUTS[layouts[case]][0] == world]
+        lines = [(str(case), *cases[case]) for case in mine]
+        answers |= dict(
+            zip(mine, run_ranks(in_turn, world, lines, run, timeout=300)[0], strict=True)
+        )
+    return answers
+
+
 @pytest.fixture(scope="module")
 def saved(model: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(layout, optimizer) -> (run directory, what the run that saved it went on to do)."""
-    made: dict[Any, Any] = {}
+    """(optimizer, layout) -> (run directory, what the run that saved it went on to do)."""
+    runs = {(name, layout): layout for name, layout, _ in GOES_ON}
+    folders = {run: str(tmp_path_factory.mktemp("run")) for run in runs}
+    cases = {
+        run: (model, folders[run], LAYOUTS[layout][1], OPTIMIZERS[run[0]])
+        for run, layout in runs.items()
+    }
+    answers = _on_all(_save, cases, runs)
+    return {run: (folders[run], answers[run]) for run in runs}
 
-    def get(layout: str, optimizer: OptimizerConfig) -> tuple[str, dict[str, Any]]:
-        if (layout, optimizer) not in made:
-            folder = str(tmp_path_factory.mktemp("run"))
-            world, parallel = LAYOUTS[layout]
-            answers = run_ranks(_save, world, model, folder, parallel, optimizer)
-            made[layout, optimizer] = (folder, answers[0])
-        return made[layout, optimizer]
 
-    return get
+@pytest.fixture(scope="module")
+def resumed(model: str, saved: Any) -> dict[Any, Any]:
+    """Each of GOES_ON -> what the run did that resumed there."""
+    layouts = {case: case[2] for case in GOES_ON}
+    cases = {
+        (name, before, after): (
+            model, saved[name, before][0], LAYOUTS[after][1], OPTIMIZERS[name]
+        )
+        for name, before, after in GOES_ON
+    }  # fmt: skip
+    return _on_all(_resume, cases, layouts)
 
 
 def _same(got: dict[str, Any], want: dict[str, Any], *, exact: bool) -> None:
@@ -148,36 +183,18 @@ def _same(got: dict[str, Any], want: dict[str, Any], *, exact: bool) -> None:
         np.testing.assert_allclose(got["steps"], want["steps"], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [("adam distributed", "dp2"), ("adam", "tp2"), ("muon", "pp2"), ("sgd", "1")],
-)
+@pytest.mark.parametrize(("name", "layout"), SAME)
 def test_at_the_same_layout_the_run_goes_on_bit_for_bit(
-    name: str, layout: str, model: str, saved: Any
+    name: str, layout: str, saved: Any, resumed: Any
 ) -> None:
-    optimizer = OPTIMIZERS[name]
-    folder, want = saved(layout, optimizer)
-    world, parallel = LAYOUTS[layout]
-    _same(run_ranks(_resume, world, model, folder, parallel, optimizer)[0], want, exact=True)
+    _same(resumed[name, layout, layout], saved[name, layout][1], exact=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "layout", "other"),
-    [
-        ("adam distributed", "dp2", "tp2"),
-        ("adam distributed", "dp2", "pp2 vpp2"),
-        ("adam distributed", "tp2 pp2 sp", "1"),
-        ("adam", "tp2", "pp2"),
-        ("muon", "pp2", "dp2"),
-    ],
-)
+@pytest.mark.parametrize(("name", "layout", "other"), OTHER)
 def test_at_another_layout_the_same_run_goes_on(
-    name: str, layout: str, other: str, model: str, saved: Any
+    name: str, layout: str, other: str, saved: Any, resumed: Any
 ) -> None:
-    optimizer = OPTIMIZERS[name]
-    folder, want = saved(layout, optimizer)
-    world, parallel = LAYOUTS[other]
-    _same(run_ranks(_resume, world, model, folder, parallel, optimizer)[0], want, exact=False)
+    _same(resumed[name, layout, other], saved[name, layout][1], exact=False)
 
 
 def _save_at_once(path: str, run_dir: str, optimizer: OptimizerConfig) -> Any:
@@ -191,12 +208,14 @@ def _save_at_once(path: str, run_dir: str, optimizer: OptimizerConfig) -> Any:
     return _steps(first, 0, 2), _steps(again, 0, 2)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_checkpoint_before_the_first_step_is_the_start(
-    name: str, model: str, tmp_path: Path
-) -> None:
-    for first, again in run_ranks(_save_at_once, 2, model, str(tmp_path), OPTIMIZERS[name]):
-        assert first == again
+def test_a_checkpoint_before_the_first_step_is_the_start(model: str, tmp_path: Path) -> None:
+    cases = []
+    for name, optimizer in OPTIMIZERS.items():
+        (tmp_path / name).mkdir()
+        cases.append((name, model, str(tmp_path / name), optimizer))
+    for answers in run_ranks(in_turn, 2, cases, _save_at_once):
+        for name, (first, again) in zip(OPTIMIZERS, answers, strict=True):
+            assert first == again, name
 
 
 # ------------------------------------------------------------------ experts
@@ -318,7 +337,7 @@ FORGED = ["forged .metadata", "forged common.pt", "forged object"]
 def test_damaged_and_forged_files_are_refused_on_every_rank(
     model: str, saved: Any, tmp_path: Path
 ) -> None:
-    source = next((Path(saved("dp2", ADAM)[0]) / "checkpoints").iterdir())
+    source = next((Path(saved["adam distributed", "dp2"][0]) / "checkpoints").iterdir())
     kinds = [*DAMAGE, *FORGED]
     folders = [str(shutil.copytree(source, tmp_path / kind)) for kind in kinds]
     for folder, kind in zip(folders, kinds, strict=True):
@@ -331,13 +350,13 @@ def test_damaged_and_forged_files_are_refused_on_every_rank(
     assert not list(tmp_path.glob("*.victim")), "what was forged ran"
 
 
-@pytest.mark.parametrize("other", ["adam", "muon"])
-def test_another_optimizer_is_refused(other: str, model: str, saved: Any) -> None:
-    source = next((Path(saved("dp2", ADAM)[0]) / "checkpoints").iterdir())
-    for messages in run_ranks(
-        _refusals, 2, model, [str(source)], ParallelConfig(), OPTIMIZERS[other]
-    ):
-        assert str(source) in messages[0]
+def test_another_optimizer_is_refused(model: str, saved: Any) -> None:
+    source = next((Path(saved["adam distributed", "dp2"][0]) / "checkpoints").iterdir())
+    others = ("adam", "muon")
+    cases = [(o, model, [str(source)], ParallelConfig(), OPTIMIZERS[o]) for o in others]
+    for answers in run_ranks(in_turn, 2, cases, _refusals):
+        for (message,) in answers:
+            assert str(source) in message
 
 
 # ------------------------------------------------------------------ the folder of checkpoints
@@ -445,7 +464,7 @@ def test_after_a_power_cut_the_checkpoint_before_it_is_used(model: str, tmp_path
     run_dirs, broken = [], []
     for file in files:
         size = file.stat().st_size
-        cuts = [None, *sorted({0, size - 1, *(draw.randrange(size) for _ in range(2))})]
+        cuts = [None, *sorted({0, 1, size - 1, *(draw.randrange(size) for _ in range(2))})]
         for cut in [*cuts, -draw.randrange(1, size)]:  # None: missing; negative: a byte changed
             copy = shutil.copytree(tmp_path / "run", tmp_path / f"{file.name}{cut}")
             target = copy / "checkpoints" / "step_00000002" / file.name

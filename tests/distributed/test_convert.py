@@ -16,26 +16,48 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rest_mega.config import ConfigError, ModelConfig, ParallelConfig
+from rest_mega.config import ConfigError, ParallelConfig
+from rest_mega.records import Sample
 from rest_mega.sync import manifest
-from tests.support.models import save_model
-from tests.support.ranks import run_ranks
+from tests.support.bench import TEMPERATURE, Bench
+from tests.support.models import FAMILIES, save_model
+from tests.support.ranks import in_turn, run_ranks
 
 pytestmark = pytest.mark.distributed
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3 tied": ("qwen3", {}),
+    "qwen3 tied": ("qwen3", {"num_hidden_layers": 4}),
     "qwen3 untied": ("qwen3", {"tie_word_embeddings": False, "vocab_size": 129}),
     "qwen2 with one KV head": ("qwen2", {"num_key_value_heads": 1}),
     "llama with llama3 rope": ("llama", {}),
     "llama with linear rope, one KV head per head": ("llama_linear", {"num_key_value_heads": 8}),
+    "mistral": ("mistral", {}),
+    "smollm2": ("smollm2", {}),
+    "qwen3-moe": ("qwen3_moe", {}),
+    "qwen3-moe, dense at first": ("qwen3_moe", {"mlp_only_layers": [0], "norm_topk_prob": False}),
+    "mixtral": ("mixtral", {}),
 }
 LAYOUTS = {
     "1": ParallelConfig(),
     "tp2": ParallelConfig(tensor=2),
     "pp2": ParallelConfig(pipeline=2),
     "tp2 pp2 sp": ParallelConfig(tensor=2, pipeline=2, sequence=True),
+    "pp2 vpp2": ParallelConfig(pipeline=2, virtual_pipeline=2),
+    "tp2 sp": ParallelConfig(tensor=2, sequence=True),
+    "ep2": ParallelConfig(expert=2),
+    "tp2 sp ep2": ParallelConfig(tensor=2, sequence=True, expert=2),
+    "pp2 ep2": ParallelConfig(pipeline=2, expert=2),
 }
+RANKS = {name: 4 if name in ("tp2 pp2 sp", "pp2 ep2") else 2 for name in LAYOUTS} | {"1": 1}
+DENSE, SPREAD = ("1", "tp2", "pp2", "tp2 pp2 sp"), ("1", "tp2 sp", "pp2", "tp2 pp2 sp")
+EXPERTS = ("ep2", "tp2 sp ep2", "pp2 ep2")
+CASES = [
+    (name, layout)
+    for name, (family, _) in MODELS.items()
+    for layout in (SPREAD + EXPERTS if family in ("qwen3_moe", "mixtral") else DENSE)
+] + [("qwen3 tied", "pp2 vpp2")]
+SEQUENCE = 24
+"""Tokens whose log-probs and entropies are compared with transformers'."""
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -76,7 +98,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("convert")
     lines = []
     for name, (family, more) in MODELS.items():
-        source = save_model(root / "hf" / name, family, **more)
+        source = save_model(root / "hf" / name, family, **({"num_hidden_layers": 2} | more))
         (source / "chat_template.jinja").write_text("{{ messages }}")
         lines.append([source, root / "td" / name, "--logits"])
         lines.append([root / "td" / name, root / "back" / name])
@@ -96,32 +118,88 @@ def test_there_and_back_every_bit_and_side_file_is_the_same(root: Path, name: st
     assert configs[0] == configs[1]
 
 
-def _load_and_export(paths: list[str], parallel: ParallelConfig) -> list[dict[str, np.ndarray]]:
-    from rest_mega.sync.export import Exporter
-    from rest_mega.sync.load import load, open_source
-    from rest_mega.trainer import model as models
-    from rest_mega.trainer import parallel as places
+def one_sequence(vocab: int) -> Sample:
+    """Random ids, all but the first trained on."""
+    ids_T = np.random.default_rng(0).integers(0, vocab, SEQUENCE).astype(np.int32)
+    zeros_T = np.zeros(SEQUENCE)
+    return Sample(
+        ids_T=ids_T,
+        mask_T=np.arange(SEQUENCE) > 0,
+        regions_T=zeros_T.astype(np.int8),
+        logprobs_T=zeros_T.astype(np.float32),
+        version_T=zeros_T.astype(np.int32),
+        advantage=1.0,
+        reward=1.0,
+        group=0,
+    )
 
-    place, answers = places.start(parallel, "cpu"), []
-    for path in paths:
-        a = models.read_architecture(path)
-        chunks = models.build(a, ModelConfig(), place)
-        load(chunks, open_source(path, "load", a, 0), a, place)
-        answers.append({n: t.numpy() for n, t in Exporter(chunks, a, place).stream()})
-    places.stop()
+
+def transformers_scores(path: Path) -> np.ndarray:
+    """Log-probs and entropies of the sequence: [2, tokens after the first]."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ids_T = torch.from_numpy(one_sequence(model.config.vocab_size).ids_T.astype(np.int64))
+    with torch.no_grad():
+        logprobs_TV = (model(ids_T[None]).logits[0, :-1] / TEMPERATURE).log_softmax(-1)
+    logprob_R = logprobs_TV.gather(1, ids_T[1:, None])[:, 0]
+    return torch.stack([logprob_R, -(logprobs_TV.exp() * logprobs_TV).sum(-1)]).numpy()
+
+
+def _load(path: str, architecture: Any, parallel: ParallelConfig) -> tuple[Any, Any]:
+    """Our scores of the sequence on the last stage, None elsewhere; on leads all tensors of the
+    loaded model."""
+    from rest_mega.sync.export import Exporter
+
+    bench = Bench((path, architecture), **vars(parallel))
+    trainer = bench.trainer()
+    (batches,) = trainer.pack([one_sequence(architecture.vocab_size)])
+    ((row, *_),) = trainer.score([batches])
+    scores = np.stack([row.logprob_R, row.entropy_R]) if bench.place.is_last_stage else None
+    stream = Exporter(trainer.modules, architecture, bench.place).stream()
+    return scores, {name: tensor.numpy() for name, tensor in stream}
+
+
+@pytest.fixture(scope="module")
+def loaded(root: Path) -> dict[tuple[str, str], list[tuple[Any, Any]]]:
+    """(model, layout) -> each rank's answer, loaded from the converted checkpoint."""
+    from rest_mega.trainer.model import read_architecture
+
+    answers: dict[tuple[str, str], list[tuple[Any, Any]]] = {}
+    sizes = {name: read_architecture(str(root / "hf" / name)) for name in MODELS}
+    for world in (1, 2, 4):
+        mine = [case for case in CASES if RANKS[case[1]] == world]
+        turns = [
+            (f"{name} at {layout}", str(root / "td" / name), sizes[name], LAYOUTS[layout])
+            for name, layout in mine
+        ]
+        ranks = run_ranks(in_turn, world, turns, _load, timeout=300)
+        answers |= dict(zip(mine, zip(*ranks, strict=True), strict=True))
     return answers
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_converted_checkpoint_loads_through_mcore_at_every_layout(
-    root: Path, layout: str
+@pytest.fixture(scope="module")
+def wanted(root: Path) -> dict[str, np.ndarray]:
+    return {name: transformers_scores(root / "hf" / name) for name in MODELS}
+
+
+def assert_scores(ranks: Any, want: np.ndarray) -> None:
+    """Those of the ranks of the last stage are transformers'."""
+    found = [scores for scores, _ in ranks if scores is not None]
+    assert found
+    for scores in found:
+        np.testing.assert_allclose(scores, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES, ids=lambda text: str(text))
+def test_a_converted_checkpoint_is_transformers_model_at_every_layout(
+    name: str, layout: str, root: Path, loaded: Any, wanted: dict[str, np.ndarray]
 ) -> None:
-    parallel = LAYOUTS[layout]
-    paths = [str(root / "td" / name) for name in MODELS]
-    loaded = run_ranks(_load_and_export, parallel.replica_size, paths, parallel)[0]
-    for name, found in zip(MODELS, loaded, strict=True):
-        whole = {n: torch.from_numpy(array) for n, array in found.items()}
-        assert_same(whole, tensors(root / "hf" / name))
+    """Loaded through mcore: the same bits, and the same log-probs and entropies."""
+    ranks = loaded[name, layout]
+    found = {n: torch.from_numpy(array) for n, array in ranks[0][1].items()}
+    assert_same(found, tensors(root / "hf" / name))
+    assert_scores(ranks, wanted[name])
 
 
 def _train_and_save(path: str, folder: str, sizes: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -223,7 +301,8 @@ def _any_model(folder: str, examples: int) -> int:
         suppress_health_check=list(HealthCheck),
     )
     @given(
-        family=st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
+        family=st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"]),
+        experts=st.integers(2, 4),
         kv_heads=st.integers(1, 4),
         queries=st.integers(1, 3),
         head_dim=st.sampled_from([2, 4, 6]),
@@ -236,7 +315,7 @@ def _any_model(folder: str, examples: int) -> int:
             st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), min_size=1, max_size=2
         ),
         block=st.integers(1, 5000),
-        item=st.integers(1, 5000),
+        item=st.integers(400, 20_000),
         limit=st.integers(500, 100_000),
     )
     def there_and_back(**case: Any) -> None:
@@ -256,6 +335,11 @@ def _any_model(folder: str, examples: int) -> int:
             "vocab_size": case["vocab"],
             "tie_word_embeddings": case["tied"],
             "sliding_window": None,
+            "num_experts": case["experts"],
+            "num_local_experts": case["experts"],
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": case["ffn"],
+            "mlp_only_layers": [0] if case["layers"] > 1 else [],
         }
         source = base / "hf"
         source.mkdir()
@@ -292,7 +376,81 @@ def _any_model(folder: str, examples: int) -> int:
 
 
 def test_any_configuration_goes_there_and_back(tmp_path: Path) -> None:
-    assert run_ranks(_any_model, 1, str(tmp_path), 20)[0] >= 20
+    assert run_ranks(_any_model, 1, str(tmp_path), 15)[0] >= 15
+
+
+def _draw(count: int, folder: Path) -> list[tuple[str, Path, Any, ParallelConfig]]:
+    """Random models, each with a layout of two ranks: (name, folder, architecture, layout)."""
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+
+    from rest_mega.trainer.model import read_architecture
+
+    drawn: list[tuple[str, Path, Any, ParallelConfig]] = []
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(
+        family=st.sampled_from(sorted(FAMILIES)),
+        layout=st.sampled_from(["tp2 sp", "pp2", "pp2 vpp2", "ep2", "tp2 sp ep2"]),
+        kv_heads=st.sampled_from([1, 2, 4]),
+        queries=st.sampled_from([2, 4, 6]),
+        head_dim=st.sampled_from([4, 6, 8]),
+        width=st.integers(1, 6),
+        ffn=st.integers(1, 20),
+        layers=st.integers(1, 2),
+        vocab=st.integers(2, 300),
+        eps=st.sampled_from([1e-6, 1e-5, 1e-2]),
+        tied=st.booleans(),
+        experts=st.integers(1, 4),
+        theta=st.sampled_from([1e2, 1e4, 1e6]),
+    )
+    def one(family: str, layout: str, kv_heads: int, queries: int, **case: Any) -> None:
+        if len(drawn) == count:
+            return
+        if "experts" not in "".join(FAMILIES[family][1]):
+            layout = layout.removesuffix("ep2").strip() or "tp2"
+        parallel, heads, experts = LAYOUTS[layout], kv_heads * queries, case["experts"] * 2
+        stages = parallel.pipeline * parallel.virtual_pipeline
+        more = {
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "head_dim": case["head_dim"], "hidden_size": heads * case["width"],
+            "intermediate_size": 2 * case["ffn"], "num_hidden_layers": stages * case["layers"],
+            "vocab_size": case["vocab"], "rms_norm_eps": case["eps"],
+            "tie_word_embeddings": case["tied"], "num_experts": experts,
+            "num_local_experts": experts, "moe_intermediate_size": 2 * case["ffn"],
+            "mlp_only_layers": [], "pad_token_id": None,
+        }  # fmt: skip
+        if "rope_parameters" not in FAMILIES[family][1]:
+            more["rope_parameters"] = {"rope_type": "default", "rope_theta": case["theta"]}
+        source = save_model(folder / str(len(drawn)), family, **more)
+        name = f"{family} at {layout}, {more}"
+        drawn.append((name, source, read_architecture(str(source)), parallel))
+
+    one()
+    return drawn
+
+
+def test_any_configuration_is_transformers_model_at_any_layout(tmp_path: Path) -> None:
+    """Read straight from the Hugging Face files by ranges."""
+    drawn = _draw(8, tmp_path)
+    assert len(drawn) == 8
+    assert len(drawn) == 10
+    turns = [(name, str(path), *more) for name, path, *more in drawn]
+    ranks = run_ranks(in_turn, 2, turns, _load, timeout=300)
+    for (name, path, *_), *answers in zip(drawn, *ranks, strict=True):
+        try:
+            assert_scores(answers, transformers_scores(path))
+            found = {n: torch.from_numpy(array) for n, array in answers[0][1].items()}
+            assert_same(found, tensors(path))
+        except AssertionError as error:
+            error.add_note(name)
+            raise
 
 
 # ------------------------------------------------------------------ damage

@@ -1,4 +1,4 @@
-"""On a GPU: three steps agree with plain transformers, local layers and Transformer Engine's.
+"""On a GPU: two steps agree with plain transformers, local layers and Transformer Engine's.
 
     python -m pytest -m gpu tests/gpu
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rest_mega.config import ModelConfig
-from tests.distributed.test_layouts import Layout, reference, three_steps
+from tests.distributed.test_layouts import Layout, reference, two_steps
 from tests.support.models import save_model
 
 pytestmark = [
@@ -58,7 +58,7 @@ def _both(family: str, folder: Path, model: ModelConfig) -> tuple[dict[str, Any]
 
     path = str(save_model(folder, family))
     want = reference(path)
-    got = three_steps(path, read_architecture(path), Layout(ranks=1), model)
+    got = two_steps(path, read_architecture(path), Layout(ranks=1), model)
     places.stop()
     assert set(got["gradients"]) == set(want["gradients"])
     return got, want

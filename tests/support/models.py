@@ -43,6 +43,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
         },
     ),
+    "mistral": ("Mistral", {"tie_word_embeddings": False, "sliding_window": None}),
+    "smollm2": (
+        "Llama",
+        {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+        },
+    ),
     "qwen3_moe": ("Qwen3Moe", _QWEN_EXPERTS | {"norm_topk_prob": True}),
     "qwen3_moe_mixed": (
         "Qwen3Moe",
