@@ -31,6 +31,10 @@ from rest_mega.rollout.episode import (
 from rest_mega.rollout.ledger import Ledger
 
 
+class PromptTooLongError(ConfigError):
+    """A prompt that leaves no room to reply."""
+
+
 def _nowhere(seed: str, member: Episode | Trajectory) -> None:
     """Keeps nothing of an episode that is over."""
 
@@ -69,7 +73,7 @@ def _prompt_ids(
 ) -> list[int]:
     ids = chat.prompt_ids(prompt.messages, tools.specs)
     if len(ids) >= max_tokens:
-        raise ConfigError(
+        raise PromptTooLongError(
             f"prompt {prompt.id!r} has {len(ids)} tokens, rollout.max_tokens is {max_tokens}: "
             "raise rollout.max_tokens (and packing.tokens) or leave the prompt out"
         )
