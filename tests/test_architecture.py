@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "rollout": {"data", "dialects", "environments"},
     "trainer": {"losses"},
     "sync": {"trainer", "rollout"},
-    "evaluation": {"trainer", "rollout", "rewards"},
+    "evaluation": {"trainer", "rollout", "rewards", "data", "dialects", "environments"},
 }
 """Room -> the rooms it may import besides itself and the ground; downwards only."""
 TOP = {
