@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rest_mega import dialects
@@ -70,7 +70,8 @@ def _hermes(text: str, language: str) -> Calls:
 
 def _llama3(text: str, language: str) -> Calls:
     """model_handler/local_inference/llama_3_1.py: JSON parted by semicolons, else a Python literal
-    (JSON's true, false and null are none)."""
+    (JSON's true, false and null are none). Operators in it, which that file evaluates, are not
+    computed here."""
     bare = text.replace("<|python_tag|>", "")
     if ";" in bare:
         found = [json.loads(part) for part in bare.split(";")]
@@ -95,12 +96,25 @@ def _check_python(text: str) -> None:
     bare = text.strip("`\n ")
     bare = bare if bare.startswith("[") else "[" + bare
     bare = bare if bare.endswith("]") else bare + "]"
-    tree = ast.parse(bare.strip().strip("'"), mode="eval")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Lambda):
-            raise DecodeError("a function is no value")
-        if isinstance(node, ast.BinOp) and not _is_sum(node):
+    for node in _computed(ast.parse(bare.strip().strip("'"), mode="eval").body):
+        if not _is_sum(node):
             raise DecodeError(f"{ast.unparse(node)[:80]!r} is no sum of small numbers or texts")
+
+
+def _computed(node: ast.AST | None) -> Iterator[ast.BinOp]:
+    """Operators that BFCL's reader (resolve_ast_by_type) evaluates: positional arguments and all
+    other kinds of nodes it passes over, writes out as text or refuses."""
+    if isinstance(node, ast.BinOp):
+        yield node
+    parts: list[ast.expr | None] = []
+    if isinstance(node, ast.Call):
+        parts = [keyword.value for keyword in node.keywords]
+    elif isinstance(node, ast.List | ast.Tuple | ast.Set):
+        parts = [*node.elts]
+    elif isinstance(node, ast.Dict):
+        parts = [*node.keys, *node.values]
+    for part in parts:
+        yield from _computed(part)
 
 
 def _is_sum(node: ast.BinOp) -> bool:

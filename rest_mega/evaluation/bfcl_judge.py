@@ -13,6 +13,8 @@ from typing import Any
 from rest_mega.environments.bfcl_package import official
 from rest_mega.evaluation.bfcl_decode import LANGUAGES, Calls, DecodeError, decode
 
+_NOT_RELEVANT = "Invalid syntax. Failed to decode AST when it should have."
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -34,39 +36,43 @@ def judge_reply(
     try:
         calls = decode(text, dialect, category)
     except DecodeError as error:
-        return judge_calls(None, category, entry, gold, str(error))
+        return judge_unread(category, str(error))
     return judge_calls(calls, category, entry, gold)
 
 
-def judge_calls(
-    calls: Calls | None, category: str, entry: Mapping[str, Any], gold: Any, error: str = ""
-) -> Judged:
-    """Calls [{name: {argument: value}}] that stand for a reply; None with the `error` of a reply
-    that could not be read."""
+def judge_unread(category: str, error: str) -> Judged:
+    """A reply in which its handler finds no calls that it can read."""
+    if "irrelevance" in category:
+        return Judged(True)
     if "relevance" in category:
-        return _relevance(calls, category, error)
-    if calls is None:
-        reason = f"Invalid syntax. Failed to decode AST. {error}"
-        return Judged(False, "ast_decoder:decoder_failed", reason)
+        return _silent(f"{_NOT_RELEVANT} {error}", None)
+    reason = f"Invalid syntax. Failed to decode AST. {error}"
+    return Judged(False, "ast_decoder:decoder_failed", reason)
+
+
+def judge_calls(calls: Calls, category: str, entry: Mapping[str, Any], gold: Any) -> Judged:
+    """Calls [{name: {argument: value}}], or what a handler makes of something else."""
+    if "relevance" in category:
+        return _relevance(calls, category)
     if not official("utils").is_function_calling_format_output(calls):
-        return Judged(
-            False,
-            "ast_decoder:decoder_wrong_output_format",
-            "Did not output in the specified format.",
-            calls,
-        )
+        kind = "ast_decoder:decoder_wrong_output_format"
+        return Judged(False, kind, "Did not output in the specified format.", calls)
     return _checked(calls, category, entry, gold)
 
 
-def _relevance(calls: Calls | None, category: str, error: str) -> Judged:
+def _relevance(calls: Calls, category: str) -> Judged:
     """Whether anything is called at all (_evaluate_single_relevance_entry)."""
-    called = calls is not None and not official("utils").is_empty_output(calls)
+    called = not official("utils").is_empty_output(calls)
     if called != ("irrelevance" in category):
         return Judged(True, calls=calls)
-    if called:
-        reason = "Valid syntax. Successfully decode AST when it should not."
-        return Judged(False, "irrelevance_error:decoder_success", reason, calls)
-    reason = f"Invalid syntax. Failed to decode AST when it should have. {error}"
+    if not called:
+        return _silent(f"{_NOT_RELEVANT} None", calls)
+    reason = "Valid syntax. Successfully decode AST when it should not."
+    return Judged(False, "irrelevance_error:decoder_success", reason, calls)
+
+
+def _silent(reason: str, calls: Calls | None) -> Judged:
+    """Nothing is called where something should be."""
     return Judged(False, "relevance_error:decoder_failed", reason, calls)
 
 
