@@ -35,9 +35,11 @@ $(STAMP): $(RUNS)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
 
-# BFCL's backends without the hundred dependencies of its package, for the environment "bfcl" and its tests.
+# BFCL without the hundred dependencies of its package: what its backends and checkers need, in the
+# versions that it names. For the suite and the environment "bfcl", and their tests.
 bfcl: setup
-	$(BIN)/pip install --quiet --no-deps 'bfcl-eval>=2026.3' mpmath
+	$(BIN)/pip install --quiet --no-deps bfcl-eval==2026.3.23 mpmath==1.3.0 tree_sitter==0.21.3 \
+		tree-sitter-java==0.21.0 tree-sitter-javascript==0.21.4 'tenacity>=8.5' 'filelock>=3.20'
 
 sglang: $(SGLANG_STAMP)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 _RANKS = {
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE",
@@ -28,6 +29,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def machine() -> str:
+    """The name of this machine, the same for all ranks on it."""
+    return socket.gethostname()
+
+
 def rendezvous() -> str:
     """torch.distributed's init_method: torchrun's, the one given in REST_MEGA_INIT_METHOD, or a
     loopback port."""
@@ -46,6 +52,28 @@ def free_port() -> int:
 def variable(name: str) -> str | None:
     """Value of the environment variable that a config names (a secret does not stand in it)."""
     return os.environ.get(name)
+
+
+@contextlib.contextmanager
+def variable_set(name: str, value: str) -> Iterator[None]:
+    """The variable has `value` inside, for libraries that take a setting in no other way."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def visible_gpus(gpus: Sequence[int]) -> str:
+    """CUDA_VISIBLE_DEVICES of a child that is to see these of the GPUs that we see, in this
+    order."""
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = ours.split(",") if ours else []
+    return ",".join(names[gpu].strip() if names else str(gpu) for gpu in gpus)
 
 
 def keep_gloo_on_loopback() -> None:

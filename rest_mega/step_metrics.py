@@ -86,8 +86,8 @@ def _row(
 def _columns(
     t: Trajectory, weights_T: Floats, trace: TokenTrace | None
 ) -> dict[str, list[float | None]]:
-    """What is known of the sampled tokens alone, in their order, to four digits; null where training
-    has not seen one. `gap`: trainer's log-prob less the engine's."""
+    """What is known of the sampled tokens alone, in their order, to four digits; null where
+    training has not seen one. `gap`: trainer's log-prob less the engine's."""
     columns = {"logprob": t.logprobs_T, "weight": weights_T}
     if trace is not None:
         columns |= {"gap": trace.trainer_T - t.logprobs_T, "entropy": trace.entropy_T}

@@ -90,6 +90,7 @@ class Loop:
         s, config, step = self.s, self.config, self.step + 1
         with s.phase("rollout"):
             rollout = self.rollouts.play(step)
+            s.rest()
         if rollout is None:
             return s.interrupt(self.step, **self._state())
         with s.phase("score"):

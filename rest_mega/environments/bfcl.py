@@ -1,5 +1,5 @@
 """BFCL's multi-turn backends (files, tickets, trading, travel, messages, posts, vehicle, maths) as
-a training environment: real objects, in process, deterministic.
+an environment: real objects, in process, deterministic; to train in, and to be measured by.
 
 A prompt's row has "environment": "bfcl" and a task of one turn or of several:
 
@@ -9,50 +9,51 @@ A prompt's row has "environment": "bfcl" and a task of one turn or of several:
     then, "offers": [names of functions that could not be called before], "calls": [calls]}, ...]}
 
 A gold call is {"name", "arguments"} or its text as BFCL writes it. A turn ends with a reply without
-calls. It is right as in BFCL's own multi-turn checker: something was called, the public attributes
-of every object equal those that the gold calls leave, and every output of the turn's gold calls was
-among the episode's so far. A turn of several that has no gold calls is right whatever was called
-(what that changed shows in the next turn); where it is the only one, nothing may be called. The
-episode succeeds when all turns were played and are right.
+calls. It is judged by BFCL's own checks of states and outputs: something was called, the public
+attributes of every object equal those that the gold calls leave, and every output of the turn's
+gold calls was among the episode's so far. A turn of several that has no gold calls is right
+whatever was called (what that changed shows in the next turn); where it is the only one, nothing
+may be called. The episode succeeds when all turns were played and are right.
 
-The backends are those of the package bfcl-eval (Apache-2.0), built directly: its own executor
-evaluates model text as Python and keeps its objects in module globals. Its 800 multi-turn entries
-are a benchmark: train on scenarios of your own.
+"benchmark": true in a task leads the episode as BFCL's runner does (see `BENCHMARK`).
+
+The backends are built directly: BFCL's own executor evaluates model text as Python and keeps its
+objects in module globals. Its 800 multi-turn entries are a benchmark: which of them may be trained
+on says `rest_mega.data.bfcl_rows.split`.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
-import importlib
-import importlib.util
 import inspect
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from rest_mega.config import ConfigError, one_of, require
+from rest_mega.environments.bfcl_package import (
+    backend,
+    function_documents,
+    official,
+    tool_specs,
+)
 from rest_mega.environments.schema import Spec, spec_name
-from rest_mega.environments.tools import ToolError, Traits
+from rest_mega.environments.tools import Conduct, ToolError, Traits
 from rest_mega.records import ToolCall
 
-BACKENDS: Mapping[str, str] = {
-    "GorillaFileSystem": "gorilla_file_system",
-    "MathAPI": "math_api",
-    "MessageAPI": "message_api",
-    "TicketAPI": "ticket_api",
-    "TradingBot": "trading_bot",
-    "TravelAPI": "travel_booking",
-    "TwitterAPI": "posting_api",
-    "VehicleControlAPI": "vehicle_control",
-}
-"""Class -> its module, and the file of its function specs."""
-
+BENCHMARK = Conduct(checked=False, most_steps=20)
+"""As BFCL's runner leads an episode (model_handler/base_handler.py, MAXIMUM_STEP_LIMIT of
+constants/default_prompts.py): calls are run as they are written, a reply that cannot be read ends
+the user's turn, and the episode ends with the 21st reply with calls to one message."""
 _JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
+_ERROR = "Error during execution: "
+"""What BFCL's executor writes before the text of an exception."""
+FORCED = "multi_turn:force_terminated"
+"""Kind of the verdict on an episode that ended before the user had said everything."""
 
 
 class BfclEnvironment:
@@ -64,7 +65,10 @@ class BfclEnvironment:
         self._task = task
         self._turns = [_Turn(turn, task["classes"]) for turn in task.get("turns") or [task]]
         self._world = _World(task)
-        self._everything = [spec for name in task["classes"] for spec in function_specs(name)]
+        benchmark = bool(task.get("benchmark", False))
+        self.conduct = BENCHMARK if benchmark else Conduct()
+        specs_of = benchmark_specs if benchmark else function_specs
+        self._everything = [spec for name in task["classes"] for spec in specs_of(name)]
         known = [spec_name(spec) for spec in self._everything]
         for name in (name for turn in self._turns for name in turn.offers):
             one_of("a function that a turn of a bfcl task offers", name, known)
@@ -80,8 +84,14 @@ class BfclEnvironment:
         return [spec for spec in self._everything if spec_name(spec) not in later]
 
     def call(self, call: ToolCall) -> str:
-        """What the backend's method returns, as BFCL writes it; ToolError for what it raises."""
-        return self._world.call(call.name, call.arguments)
+        """What the backend's method returns, as BFCL writes it. What it raises is a ToolError, in a
+        benchmark BFCL's text of it."""
+        try:
+            return self._world.call(call.name, call.arguments)
+        except ToolError as error:
+            if self.conduct.checked:
+                raise
+            return f"{_ERROR}{error}"
 
     def next_user(self, answer: str) -> str | None:
         """Judge the turn that `answer` ends; the next turn's message, with the documents of the
@@ -94,30 +104,50 @@ class BfclEnvironment:
         return "\n".join([*map(json.dumps, offered), turn.user])
 
     def finish(self, answer: str) -> dict[str, Any]:
-        """All turns; one that was cut off is judged by what it reached."""
+        """All turns; one that was cut off is judged by what it reached. `kind` and `reason` are
+        BFCL's for the first fault, empty on success."""
         if len(self._verdicts) < len(self._turns):
             self._judge()
-        played = len(self._verdicts) == len(self._turns)
+        played, turns = len(self._verdicts), len(self._turns)
+        wrong = [one for one in self._verdicts if one.kind]
+        if played < turns:  # as in BFCL this comes before what the turns were worth
+            wrong.insert(0, _Verdict(True, True, FORCED, f"{played} of {turns} turns were played"))
         return {
-            "success": played and all(one.right for one in self._verdicts),
+            "success": not wrong,
             "state": all(one.state for one in self._verdicts),
             "outputs": all(one.outputs for one in self._verdicts),
+            "kind": wrong[0].kind if wrong else "",
+            "reason": wrong[0].reason if wrong else "",
         }
 
     def _judge(self) -> None:
         """The turn that is being played is over."""
-        turn, gold = self._turns[len(self._verdicts)], self._gold
+        number = len(self._verdicts)
+        turn, gold = self._turns[number], self._gold
         gold.outputs.clear()
         for call in turn.calls:
             gold.replay(call)
         called = len(self._world.outputs) > self._calls_before
         self._calls_before = len(self._world.outputs)
-        state = self._world.state() == gold.state()
-        outputs = not Counter(gold.outputs) - Counter(self._world.outputs)
-        if not turn.calls:
-            self._verdicts.append(_Verdict(len(self._turns) > 1 or not called, True, True))
+        if turn.calls:
+            self._verdicts.append(self._compare(number, called))
+        elif called and len(self._turns) == 1:
+            self._verdicts.append(_Verdict(True, True, "multi_turn:call", "no call was to be made"))
         else:
-            self._verdicts.append(_Verdict(called and state and outputs, state, outputs))
+            self._verdicts.append(_Verdict(True, True))
+
+    def _compare(self, number: int, called: bool) -> _Verdict:
+        """A turn with gold calls, by BFCL's checks in BFCL's order."""
+        checks = official("eval_checker.multi_turn_eval.multi_turn_checker")
+        state = checks.state_checker(self._world.objects, self._gold.objects)
+        outputs = checks.response_checker(self._world.outputs, self._gold.outputs, number)
+        failed = [one for one in (state, outputs) if not one["valid"]]
+        kind = failed[0]["error_type"] if failed else ""
+        reason = _reason(failed[0], number) if failed else ""
+        if not called:
+            kind = "multi_turn:empty_turn_model_response"
+            reason = f"Model response list is empty for turn {number}"
+        return _Verdict(state["valid"], outputs["valid"], kind, reason)
 
     @cached_property
     def _gold(self) -> _World:
@@ -138,9 +168,18 @@ class _Turn:
 class _Verdict:
     """On one turn."""
 
-    right: bool
     state: bool
     outputs: bool
+    kind: str = ""
+    """BFCL's name of what is wrong; empty where nothing is."""
+    reason: str = ""
+
+
+def _reason(found: Mapping[str, Any], number: int) -> str:
+    """BFCL's message, with the beginning of what differs."""
+    details = found["details"]
+    shown = str(details.get("differences") or details.get("missing_items"))
+    return f"turn {number}: {found['error_message']} {shown[:1000]}"
 
 
 class _World:
@@ -148,8 +187,8 @@ class _World:
 
     def __init__(self, task: Mapping[str, Any]) -> None:
         self.outputs: list[str] = []
-        self._objects = {name: backend(name)() for name in task["classes"]}
-        for name, thing in self._objects.items():
+        self.objects = {name: backend(name)() for name in task["classes"]}
+        for name, thing in self.objects.items():
             if hasattr(thing, "_load_scenario"):  # MathAPI has no state
                 scenario = copy.deepcopy(task["config"].get(name, {}))
                 thing._load_scenario(scenario, long_context=task.get("long_context", False))
@@ -166,20 +205,27 @@ class _World:
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:
         # Of two classes with a method of this name BFCL takes the later one.
-        owner = [thing for thing in self._objects.values() if hasattr(thing, name)][-1]
+        owners = [thing for kind, thing in self.objects.items() if name in _methods(kind)]
         try:
-            text = _text(getattr(owner, name)(**arguments))
+            if not owners:
+                raise NameError(f"name '{name}' is not defined")
+            text = _text(getattr(owners[-1], name)(**arguments))
         except Exception as error:
-            self.outputs.append(f"Error during execution: {error}")
+            self.outputs.append(f"{_ERROR}{error}")
             raise ToolError(str(error)) from error
         self.outputs.append(text)
         return text
 
-    def state(self) -> dict[str, dict[str, Any]]:
-        return {
-            name: {key: value for key, value in vars(thing).items() if not key.startswith("_")}
-            for name, thing in self._objects.items()
-        }
+
+@lru_cache
+def _methods(name: str) -> frozenset[str]:
+    """What can be called of a backend."""
+    kind = backend(name)
+    return frozenset(
+        key
+        for key in dir(kind)
+        if not key.startswith("_") and isinstance(inspect.getattr_static(kind, key), FunctionType)
+    )
 
 
 def gold_call(call: str | Mapping[str, Any], classes: Sequence[str]) -> Mapping[str, Any]:
@@ -217,9 +263,6 @@ def _text(result: Any) -> str:
 @lru_cache
 def function_specs(name: str) -> tuple[Spec, ...]:
     """OpenAI function specs of a backend class, from BFCL's own documents."""
-    one_of("class of a bfcl task", name, BACKENDS)
-    file = package_data() / "multi_turn_func_doc" / f"{BACKENDS[name]}.json"
-    documents = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line]
     return tuple(
         {
             "type": "function",
@@ -229,28 +272,14 @@ def function_specs(name: str) -> tuple[Spec, ...]:
                 "parameters": _json_schema(document["parameters"]),
             },
         }
-        for document in documents
+        for document in function_documents(name)
     )
 
 
-def package_data() -> Path:
-    """The data folder of the package bfcl-eval; ConfigError where it is missing."""
-    spec = importlib.util.find_spec("bfcl_eval")
-    if spec is None or spec.origin is None:
-        raise ConfigError(
-            "environment 'bfcl' needs the package bfcl-eval: pip install --no-deps 'bfcl-eval>="
-            "2026.3' mpmath (or 'rest-mega[bfcl]', which brings its hundred dependencies)"
-        )
-    return Path(spec.origin).parent / "data"
-
-
 @lru_cache
-def backend(name: str) -> Any:
-    """The class of that name; ConfigError where it or the package is missing."""
-    one_of("class of a bfcl task", name, BACKENDS)
-    package_data()
-    module = f"bfcl_eval.eval_checker.multi_turn_eval.func_source_code.{BACKENDS[name]}"
-    return getattr(importlib.import_module(module), name)
+def benchmark_specs(name: str) -> tuple[Spec, ...]:
+    """The same as BFCL's runner shows them."""
+    return tuple(tool_specs(function_documents(name), "multi_turn"))
 
 
 def _json_schema(schema: Any) -> Any:

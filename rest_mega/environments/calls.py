@@ -14,7 +14,7 @@ from rest_mega.environments.deadline import DeadlineError, remaining, together, 
 from rest_mega.environments.registry import Environment
 from rest_mega.environments.results import Cut, cut_characters
 from rest_mega.environments.schema import mismatch
-from rest_mega.environments.tools import ToolCrashError, ToolError, TransientToolError
+from rest_mega.environments.tools import ToolCrashError, ToolError, Traits, TransientToolError
 from rest_mega.records import ToolCall, ToolOutcome
 
 if TYPE_CHECKING:
@@ -90,6 +90,12 @@ class _Turn:
         return done
 
     def _answer(self, number: int, call: ToolCall) -> ToolOutcome:
+        if self._environment.conduct.checked and (refusal := self._refusal(number, call)):
+            return refusal
+        return self._run(call)
+
+    def _refusal(self, number: int, call: ToolCall) -> ToolOutcome | None:
+        """The outcome of a call that is not run."""
         if number >= (most := self._limits.calls_per_turn):
             return self.failed("refused", f"more than {most} calls in one turn", call.name)
         if call.name not in self._schemas:
@@ -97,7 +103,7 @@ class _Turn:
             return self.failed("unknown_tool", f"no tool {call.name!r}; known: {known}", call.name)
         if complaint := mismatch(call.arguments, self._schemas[call.name]):
             return self.failed("bad_arguments", complaint, call.name)
-        return self._run(call)
+        return None
 
     def _run(self, call: ToolCall) -> ToolOutcome:
         seconds = min(self._limits.call_timeout_s, self._budget.left)
@@ -124,7 +130,7 @@ class _Turn:
     def _tries(self, call: ToolCall) -> str:
         """The result, after retries where the tool is idempotent and failed for no fault of the
         call."""
-        idempotent = self._environment.traits[call.name].idempotent
+        idempotent = self._environment.traits.get(call.name, Traits()).idempotent
         for attempt in range(self._limits.retries if idempotent else 0):
             try:
                 return str(self._environment.call(call))

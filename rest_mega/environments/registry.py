@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from rest_mega.config import ConfigError, one_of, require
-from rest_mega.environments.tools import ToolEnvironment, Traits
+from rest_mega.environments.tools import Conduct, ToolEnvironment, Traits
 from rest_mega.records import ToolCall
 
 
@@ -29,6 +29,11 @@ class Environment(Protocol):
     @property
     def traits(self) -> Mapping[str, Traits]:
         """How each tool may be run, by its name."""
+        ...
+
+    @property
+    def conduct(self) -> Conduct:
+        """How its episodes are led."""
         ...
 
     def call(self, call: ToolCall) -> str:

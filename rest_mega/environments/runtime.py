@@ -68,6 +68,9 @@ class EpisodeTools:
         self._runtime, self._environment, self._declared = runtime, environment, declared
         self._prompt = prompt
         self._budget = Budget(runtime.limits.episode_timeout_s)
+        self.conduct = environment.conduct
+        self._steps = 0
+        """Replies with calls since the user spoke."""
         self._offer()
 
     def _offer(self) -> None:
@@ -105,20 +108,32 @@ class EpisodeTools:
 
     def call(self, call: ToolCall) -> str:
         """The tool's output, from the environment or from the declared tool."""
-        if call.name in self._own:
+        if call.name in self._own or not self.conduct.checked:
             return self._environment.call(call)
         return self._declared.tools[call.name].call(call.arguments)
 
     def answer(self, reply: Reply) -> tuple[ToolOutcome, ...]:
         """Outcomes of a reply's calls, in order, from this episode's budget; see `answer_calls`."""
         runtime = self._runtime
+        self._steps += 1
         return answer_calls(self, reply, runtime.limits, cut=runtime.cut, budget=self._budget)
+
+    def takes(self, reply: Reply) -> bool:
+        """Whether there is something in the reply to be answered by `answer`."""
+        answers = self._prompt.environment != "none"
+        return answers and (bool(reply.calls) or (self.conduct.checked and not reply.well_formed))
+
+    @property
+    def over(self) -> bool:
+        """The environment's limit of replies to one message of the user is passed."""
+        return self.conduct.most_steps is not None and self._steps > self.conduct.most_steps
 
     def next_user(self, answer: str) -> str | None:
         """What the user says after a reply without calls, or None; RuntimeError when the
         environment takes longer to say it than a call may."""
         said = self._in_time("go on with", self._environment.next_user, answer)
         if said is not None:
+            self._steps = 0
             self._offer()
         return said
 

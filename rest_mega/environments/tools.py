@@ -47,6 +47,18 @@ class Traits:
     """Runs in a worker process with limits on time and memory."""
 
 
+@dataclass(frozen=True)
+class Conduct:
+    """How the episodes of an environment are led."""
+
+    checked: bool = True
+    """Calls are checked before they reach the environment (their number, name and arguments), and a
+    reply that cannot be read gets an answer. Else calls reach it as they are written, and such a
+    reply is one without calls."""
+    most_steps: int | None = None
+    """Replies with calls to one message of the user; the episode ends with the first one more."""
+
+
 @overload
 def tool(method: F) -> F: ...
 @overload
@@ -83,6 +95,7 @@ class ToolEnvironment:
 
     specs: ClassVar[tuple[Spec, ...]] = ()
     traits: ClassVar[Mapping[str, Traits]] = {}
+    conduct: ClassVar[Conduct] = Conduct()
     workers: Workers | None = None
     """Where isolated tools run; set by the runtime that opens the episode."""
 

@@ -251,11 +251,7 @@ class Collector:
         ids = done.ids_T[:-1] if done.finished else done.ids_T
         text = b"".join(self._tokenizer.token_bytes(int(i)) for i in ids)
         reply = parse(text, self._dialect)
-        calls = (
-            done.finished
-            and (reply.calls or not reply.well_formed)
-            and episode.prompt.environment != "none"
-        )
+        calls = done.finished and episode.tools.takes(reply)
         outcomes = episode.tools.answer(reply) if calls else ()
         episode.turns.append(
             Turn(
@@ -272,7 +268,7 @@ class Collector:
         said = episode.tools.next_user(reply.answer) if done.finished and not calls else None
         if not calls and said is None:
             self._finish(episode, reply, done)
-        elif turn + 1 == self._config.max_turns:
+        elif turn + 1 == self._config.max_turns or episode.tools.over:
             episode.stop = "turn_limit"
         else:
             self._observe(episode, self._delta(episode.turns[-1], said))

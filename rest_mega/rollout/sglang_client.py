@@ -110,6 +110,15 @@ class Client:
         """Decode again."""
         await self._json("POST", "/continue_generation", {})
 
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """Give the GPU memory of these back (weights, kv_cache); what was in it is lost. Only while
+        nothing runs: the server would not survive it otherwise."""
+        await self._json("POST", "/release_memory_occupation", {"tags": list(tags)})
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take it again; only for tags that were released."""
+        await self._json("POST", "/resume_memory_occupation", {"tags": list(tags)})
+
     async def flush(self) -> None:
         """Forget all cached prefixes; waits until nothing runs any more."""
         seconds = max(1, int(self._update_s / 2))
@@ -124,8 +133,9 @@ class Client:
         await self._done("/end_weight_update", {})
 
     async def load_tensors(self, payloads: Sequence[str]) -> None:
-        """Weights as base64 text of a pickle, one per tensor rank."""
-        body = {"serialized_named_tensors": list(payloads), "flush_cache": False}
+        """A bucket of weights as base64 text of a pickle, one per tensor rank."""
+        listed = {"serialized_named_tensors": list(payloads), "load_format": "flattened_bucket"}
+        body = {**listed, "flush_cache": False}
         await self._done("/update_weights_from_tensor", body)
 
     async def load_folder(self, folder: str) -> None:
@@ -141,8 +151,10 @@ class Client:
         await self._done("/destroy_weights_update_group", {"group_name": name})
 
     async def receive(self, listed: Mapping[str, Any]) -> None:
-        """Take part in the broadcasts of `names`, with `dtypes` and `shapes`, in this order."""
-        await self._done("/update_weights_from_distributed", {**listed, "flush_cache": False})
+        """Take part in one broadcast of `names`, with `dtypes` and `shapes`, one after the
+        other."""
+        body = {**listed, "load_format": "flattened_bucket", "flush_cache": False}
+        await self._done("/update_weights_from_distributed", body)
 
     async def name_version(self, version: int | None) -> None:
         """What the loaded weights are called from now on; None while they are being replaced."""

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -66,7 +66,10 @@ class Server:
         arguments: Mapping[str, Any],
         environment: Mapping[str, str],
         log: Path,
+        gpus: Sequence[int] = (),
     ) -> None:
+        """`gpus`: those that the server gets, as this process numbers them; empty: what it sees."""
+        self.gpus = tuple(gpus)
         self._python, self._arguments = python or sys.executable, dict(arguments)
         self._environment, self._log = dict(environment), log
         self._process: subprocess.Popen[bytes] | None = None
@@ -80,6 +83,8 @@ class Server:
         words = ["-m", "sglang.launch_server", *server_words(self._arguments | {"port": port})]
         if self._arguments["device"] == "cpu":
             self._environment.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+        if self.gpus:
+            self._environment["CUDA_VISIBLE_DEVICES"] = launch.visible_gpus(self.gpus)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("a") as log:
             self._process = self._open(words, log)

@@ -6,10 +6,8 @@ unknown names and dies of wrong shapes.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-import pickle
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -76,13 +74,6 @@ def buckets(stream: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[
         size += tensor.nbytes
     if held:
         yield held
-
-
-def payload(bucket: Bucket) -> str:
-    """What /update_weights_from_tensor takes: base64 of a plain pickle. The server reads it with an
-    allow-list; we never unpickle. (SGLang's own pickler would pass file descriptors, which only
-    work inside one process tree: on a CPU they kill the server.)"""
-    return base64.b64encode(pickle.dumps(bucket, protocol=4)).decode("ascii")
 
 
 class Kept:

@@ -17,16 +17,17 @@ import pytest
 from rest_mega.config import ConfigError
 from rest_mega.data.bfcl_rows import MORE_FUNCTIONS, bfcl_prompt, bfcl_rows
 from rest_mega.environments import ToolError, make_environment
-from rest_mega.environments.bfcl import BACKENDS, function_specs, gold_call, package_data
+from rest_mega.environments.bfcl import function_specs, gold_call
+from rest_mega.environments.bfcl_package import BACKENDS, package_data
 from rest_mega.environments.schema import check_parameters, mismatch
-from rest_mega.records import Prompt, ToolCall
+from rest_mega.records import Prompt, ToolCall, Trajectory
 from rest_mega.rollout.engine import Sampling
 from tests.support.calls import outcomes, row
 from tests.support.rollouts import SEED, TOKENIZER, ScriptedEngine, collector
 
 pytest.importorskip(
     "bfcl_eval",
-    reason="bfcl-eval is not installed: pip install --no-deps 'bfcl-eval>=2026.3' mpmath",
+    reason="bfcl-eval is not installed: make bfcl",
 )
 EVERY = 8
 """Of the package's entries, one in so many."""
@@ -60,6 +61,8 @@ TASK: dict[str, Any] = {
     "calls": [{"name": "touch", "arguments": {"file_name": "a"}}],
 }
 
+RIGHT = {"success": True, "state": True, "outputs": True, "kind": "", "reason": ""}
+
 
 def play(task: dict[str, Any], calls: list[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
     world = make_environment("bfcl", task)
@@ -77,7 +80,7 @@ def test_the_packages_own_gold_calls_succeed_and_are_the_same_twice() -> None:
     for one in ROWS:
         first, second = (play(one["task"], one["task"]["calls"]) for _ in range(2))
         assert first == second
-        assert first[1] == {"success": True, "state": True, "outputs": True}, one["id"]
+        assert first[1] == RIGHT, one["id"]
 
 
 def test_gold_calls_less_the_last_one_never_succeed() -> None:
@@ -173,7 +176,12 @@ def test_a_turn_that_is_wrong_or_never_played_fails_the_episode() -> None:
         call = gold_call(text, prompt.task["classes"])
         world.call(ToolCall(call["name"], call["arguments"]))
     verdict = dict(world.finish(""))
-    assert verdict == {"success": False, "state": True, "outputs": True}
+    assert verdict == {
+        **RIGHT,
+        "success": False,
+        "kind": "multi_turn:force_terminated",
+        "reason": f"1 of {len(rest) + 1} turns were played",
+    }
 
 
 def test_functions_that_are_missing_are_offered_at_their_turn_with_their_documents() -> None:
@@ -207,9 +215,60 @@ def test_an_episode_of_several_turns_is_played_by_the_collector() -> None:
         assert groups is not None
         (played,) = groups[0]
         assert (played.stop, len(played.turns)) == ("answered", len(script))
-        assert played.result == {"success": True, "state": True, "outputs": True}
+        assert played.result == RIGHT
         text = TOKENIZER.decode(played.ids_T.tolist())
         assert all(turn["user"] in text for turn in prompt.task["turns"])
+
+
+# ------------------------------------------------------------------ led as BFCL's runner does
+
+
+def benchmark(*replies: str, turns: int = 1) -> Trajectory:
+    """An episode of TASK, said `turns` times, in which the policy writes these replies."""
+    world = {key: TASK[key] for key in ("classes", "config")}
+    later = [{"user": "again", "calls": []}] * (turns - 1)
+    task = {**world, "benchmark": True, "turns": [{"calls": TASK["calls"]}, *later]}
+    prompt = Prompt("p", ({"role": "user", "content": "go"},), environment="bfcl", task=task)
+    engine = ScriptedEngine({("p", 0): list(replies)})
+    sized = collector(engine, max_tokens=100_000, max_new_tokens=10_000, max_turns=99)
+    groups = sized.collect([prompt], 1, Sampling(), SEED)
+    assert groups is not None
+    return groups[0][0]
+
+
+def called(name: str, **arguments: Any) -> str:
+    call = json.dumps({"name": name, "arguments": arguments})
+    return f"<tool_call>\n{call}\n</tool_call>"
+
+
+def test_in_a_benchmark_calls_are_run_as_they_are_written() -> None:
+    played = benchmark(called("tuch"), called("_load_scenario"), called("touch", file=1), "Done.")
+    texts = [outcome.content for turn in played.turns for outcome in turn.outcomes]
+    assert texts[0] == "Error during execution: name 'tuch' is not defined"
+    assert texts[1] == "Error during execution: name '_load_scenario' is not defined"
+    assert "unexpected keyword argument 'file'" in texts[2]
+    assert played.result["kind"] == "multi_turn:instance_state_mismatch"
+    assert benchmark(called("touch", file_name="a"), "Done.").result == RIGHT
+
+
+def test_in_a_benchmark_a_reply_that_cannot_be_read_ends_the_users_turn() -> None:
+    played = benchmark("<tool_call>\n{", called("touch", file_name="a"), "Done.", turns=2)
+    assert (played.stop, len(played.turns)) == ("answered", 3)
+    assert played.turns[0].outcomes == ()
+    assert played.result["kind"] == "multi_turn:empty_turn_model_response"
+
+
+def test_in_a_benchmark_more_than_twenty_replies_with_calls_to_one_message_end_the_episode() -> (
+    None
+):
+    ask = called("ls")
+    right = [called("touch", file_name="a")]
+    kept = benchmark(*right, *[ask] * 19, "Done.", *[ask] * 20, "Done.", turns=2)
+    assert (kept.stop, kept.result) == ("answered", RIGHT)
+    cut = benchmark(*right, *[ask] * 99, turns=2)
+    assert (cut.stop, len(cut.turns)) == ("turn_limit", 21)
+    assert cut.result["kind"] == "multi_turn:force_terminated"
+    assert benchmark(*right, *[ask] * 99).result == RIGHT  # the last turn counts as it stands
 
 
 @pytest.mark.parametrize(
@@ -239,7 +298,7 @@ def test_where_nothing_is_to_be_called_any_call_fails_the_episode() -> None:
 def test_the_state_decides_and_not_the_way_that_led_to_it() -> None:
     detour = [("touch", "b"), ("rm", "b"), ("touch", "a")]
     calls = [{"name": name, "arguments": {"file_name": file}} for name, file in detour]
-    assert play(TASK, calls)[1] == {"success": True, "state": True, "outputs": True}
+    assert play(TASK, calls)[1] == RIGHT
     assert play(TASK, calls[:1])[1]["state"] is False
 
 

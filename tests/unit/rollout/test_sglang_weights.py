@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import pickle
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ from rest_mega.rollout.sglang_weights import (
     buckets,
     checked,
     expected_shapes,
-    payload,
 )
 from tests.support.models import save_model
 
@@ -77,12 +74,6 @@ def test_what_passes_the_check_is_unchanged_but_for_the_servers_dtype() -> None:
 
 def test_the_expected_shapes_are_those_of_the_checkpoint(model: Path) -> None:
     assert expected_shapes(str(model)) == {name: tuple(t.shape) for name, t in weights(model)}
-
-
-def test_a_payload_is_a_plain_pickle_of_the_bucket() -> None:
-    read = pickle.loads(base64.b64decode(payload(GOOD)))
-    assert [name for name, _ in read] == ["a", "b"]
-    assert all(torch.equal(x, y) for (_, x), (_, y) in zip(read, GOOD, strict=True))
 
 
 def test_the_kept_copy_is_a_checkpoint_and_the_newest_one_alone(
