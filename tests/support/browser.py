@@ -1,4 +1,4 @@
-"""Headless Chromium over its DevTools protocol: open a file, evaluate, press keys, take a picture."""
+"""Headless Chromium by its DevTools protocol: open a file, evaluate, press keys, take pictures."""
 
 from __future__ import annotations
 
