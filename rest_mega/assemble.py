@@ -21,12 +21,14 @@ from rest_mega.rewards import Rubric
 from rest_mega.rollout.bank import Bank, NoBank, ReadOnlyBank, stamp_of
 from rest_mega.rollout.collect import Collector, check_prompts
 from rest_mega.rollout.engine import Engine
+from rest_mega.rollout.sglang_placement import Machine, row
 from rest_mega.run_directory import RunDirectory
 from rest_mega.session import Inputs, Session
 from rest_mega.stop import Stop
 from rest_mega.sync.export import Exporter
 from rest_mega.sync.load import Source, load, open_source
 from rest_mega.telemetry.reporter import Reporter
+from rest_mega.telemetry.timeline import Timeline, kept
 from rest_mega.trainer import checkpoint, device, parallel
 from rest_mega.trainer.checkpoint_files import (
     candidates,
@@ -242,7 +244,8 @@ def _open(
         restore = checkpoint.load if trains else checkpoint.load_parameters
         resumed = _together(place, lambda: restore(trainer, found))
     stop, leads = Stop(), rollouts and place.is_lead
-    engine = _together(place, lambda: _engine(config, inputs, place) if leads else None)
+    machine = _machine(place)
+    engine = _together(place, lambda: _engine(config, inputs, place, machine) if leads else None)
     collector = _collector(config, inputs, engine, stop) if engine is not None else None
     bank = _together(place, lambda: _bank(config, place) if leads and verb == "train" else None)
     carried = [json.loads(line) for line in read_episodes(found)] if bank and found else []
@@ -254,6 +257,7 @@ def _open(
         resume_step=resumed.get("step"),
         region_names=[region.name for region in Region],
         config_tree=config.to_dict(),
+        timeline=_timeline(config, place, resumed.get("step")) if trains else None,
     )
     if directory is not None and directory.unlocked:
         reporter.event("unlocked", f"{run_dir} cannot be locked: {directory.unlocked}")
@@ -280,6 +284,22 @@ def _open(
         directory=directory,
         resumed=resumed,
         carried=carried,
+    )
+
+
+def _timeline(config: RunConfig, place: parallel.Parallel, step: int | None) -> Timeline | None:
+    """This rank's, where it keeps one. Collective."""
+    offset = place.clock_offset()
+    if not kept(place.rank, place.world_size, config.telemetry.timelines):
+        return None
+    where = f"DP {place.data_rank} PP {place.pipeline_rank} CP {place.context_rank} "
+    return Timeline(
+        Path(config.run.dir),
+        place.rank,
+        where + f"TP {place.tensor_rank}",
+        waits=place.take_waits,
+        clock_offset=offset,
+        resume_step=step,
     )
 
 
@@ -315,7 +335,15 @@ def _bank(config: RunConfig, place: parallel.Parallel) -> Bank:
     return Bank(folder, stamp_of(config), place.data_rank) if rollout.bank else NoBank(folder)
 
 
-def _engine(config: RunConfig, inputs: Inputs, place: parallel.Parallel) -> Engine:
+def _machine(place: parallel.Parallel) -> Machine:
+    """Who trains on which GPU here; collective."""
+    mine = row(launch.machine(), launch.local_rank(), place.is_lead, place.data_rank)
+    return Machine.of(place.gather_text(mine), place.rank, device.count(place.device))
+
+
+def _engine(
+    config: RunConfig, inputs: Inputs, place: parallel.Parallel, machine: Machine
+) -> Engine:
     from rest_mega.rollout.engines import make_engine
 
     run_dir, rollout = Path(config.run.dir), config.rollout
@@ -333,6 +361,7 @@ def _engine(config: RunConfig, inputs: Inputs, place: parallel.Parallel) -> Engi
         tokenizer=inputs.tokenizer,
         device=place.device,
         folder=run_dir / "servers" / f"replica_{place.data_rank}",
+        machine=machine,
     )
 
 

@@ -344,6 +344,10 @@ class EnvironmentConfig:
             ) from error
 
 
+SERVER_SIZES = ("tp_size", "tensor_parallel_size", "pp_size", "pipeline_parallel_size")
+"""SGLang's arguments, by either name, whose product is the number of GPUs of a server."""
+
+
 @dataclass(frozen=True)
 class SglangConfig:
     """The SGLang servers of rollout.engine=sglang. Every other key below rollout.sglang is an
@@ -357,10 +361,19 @@ class SglangConfig:
     python: str = ""
     """Python interpreter of an environment with sglang; empty: the one that runs this."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables of the servers that we start, such as CUDA_VISIBLE_DEVICES."""
+    """Environment variables of the servers that we start."""
+    gpus: tuple[int, ...] = ()
+    """GPUs of a machine for the servers that are started on it, as the run numbers them: ranks
+    train on the first ones, so with 4 ranks [4, 5, 6, 7] of 8 are free. Shared out in order among
+    the machine's leads, then their servers, tp_size to each."""
+    colocate: bool = False
+    """Servers share their replica's GPUs: they give their memory back while the trainer trains (so
+    SGLang's enable_memory_saver is set), and take it again for the next rollouts. What the trainer
+    keeps meanwhile must fit beside mem_fraction_static."""
     transport: str = "tensor"
-    """How new weights travel: tensor (inside requests), distributed (broadcast by gloo) or disk (a
-    checkpoint folder in the run directory that the servers can read)."""
+    """How new weights travel: tensor (to servers started on GPUs as CUDA IPC handles, to others
+    inside requests), distributed (broadcast by NCCL, or gloo without GPUs) or disk (a checkpoint
+    folder in the run directory that the servers can read)."""
     bucket_mb: int = 512
     """Weights travel in buckets of this size, two at a time."""
     keep_copy: bool = True
@@ -396,6 +409,40 @@ class SglangConfig:
             require(
                 url.startswith(("http://", "https://")),
                 f"rollout.sglang.urls has {url!r}; write http://host:port",
+            )
+        self._check_placement()
+
+    @property
+    def gpus_per_server(self) -> int:
+        """GPUs of one server: SGLang's tensor times pipeline ranks."""
+        return math.prod(int(str(self.arguments.get(name, 1))) for name in SERVER_SIZES)
+
+    def _check_placement(self) -> None:
+        gpus, urls = list(self.gpus), list(self.urls)
+        require(
+            len(set(gpus)) == len(gpus) and all(gpu >= 0 for gpu in gpus),
+            f"rollout.sglang.gpus={gpus} must name each GPU once, from 0 on",
+        )
+        require(
+            not (urls and (gpus or self.colocate)),
+            f"rollout.sglang.urls={urls} run where they are: leave out rollout.sglang.gpus and "
+            "colocate, which place servers that we start",
+        )
+        require(
+            not (gpus and self.colocate),
+            f"rollout.sglang.colocate=true puts servers on the trainer's GPUs: leave out "
+            f"rollout.sglang.gpus={gpus}",
+        )
+        require(
+            not (self.colocate and self.transport == "distributed"),
+            "rollout.sglang.transport=distributed needs a GPU for each end (NCCL), which colocate "
+            "does not give: use transport=tensor",
+        )
+        for name in SERVER_SIZES:
+            value = self.arguments.get(name, 1)
+            require(
+                isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+                f"rollout.sglang.{name}={value!r} must be a whole number, at least 1",
             )
 
 
@@ -816,6 +863,8 @@ class TelemetryConfig:
     """Write TensorBoard event files into the run directory."""
     trajectories: int = 16
     """Trajectories kept per step for the report."""
+    timelines: int = 64
+    """Ranks that keep a timeline of their phases (RUN/phases), at most; they are spread evenly."""
     reference_kl: bool = False
     """Measure the KL to the reference policy also where no penalty needs it; a forward pass more
     per step."""
@@ -824,10 +873,9 @@ class TelemetryConfig:
 
     def __post_init__(self) -> None:
         one_of("telemetry.console", self.console, ("auto", "bar", "plain"))
-        require(
-            self.trajectories >= 0,
-            f"telemetry.trajectories={self.trajectories} must not be negative",
-        )
+        for name in ("trajectories", "timelines"):
+            value = getattr(self, name)
+            require(value >= 0, f"telemetry.{name}={value} must not be negative; 0 keeps none")
 
 
 @dataclass(frozen=True)

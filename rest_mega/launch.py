@@ -29,6 +29,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def machine() -> str:
+    """The name of this machine, the same for all ranks on it."""
+    return socket.gethostname()
+
+
 def rendezvous() -> str:
     """torch.distributed's init_method: torchrun's, the one given in REST_MEGA_INIT_METHOD, or a
     loopback port."""

@@ -30,7 +30,7 @@ from rest_mega.sync.names import hf_names, hf_shape
 from rest_mega.sync.publish import publish
 from rest_mega.telemetry.report import summary_line, write_report
 from rest_mega.telemetry.reporter import Reporter
-from rest_mega.trainer import parallel
+from rest_mega.trainer import device, parallel
 from rest_mega.trainer.checkpoint import Saver
 from rest_mega.trainer.checkpoint_files import step_of
 from rest_mega.trainer.model import Architecture
@@ -108,8 +108,19 @@ class Session:
     def publish(self, step: int) -> None:
         """Load the parameters into the engine, as version `step`."""
         with self.phase("publish"):
+            if self.config.rollout.sglang.colocate:
+                device.give_back(self.place.device)
+                self.place.barrier()
             publish(self.exporter, self.engine, step)
         self._published = step
+
+    def rest(self) -> None:
+        """Nothing is sampled before the next `publish`: servers that share GPUs with ranks free
+        their memory before any of them goes on."""
+        if self.config.rollout.sglang.colocate:
+            if self.engine is not None:
+                self.engine.rest()
+            self.place.barrier()
 
     def evaluate(self, step: int, *, first: bool) -> bool:
         """Evaluate after `step` where it is due (`first`: also before any step) and not yet done.

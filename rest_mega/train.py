@@ -90,6 +90,7 @@ class Loop:
         s, config, step = self.s, self.config, self.step + 1
         with s.phase("rollout"):
             rollout = self.rollouts.play(step)
+            s.rest()
         if rollout is None:
             return s.interrupt(self.step, **self._state())
         with s.phase("score"):
@@ -122,7 +123,9 @@ class Loop:
         metrics |= s.place.merge({**rollout_metrics(rollout.view), **kl}) | rollout.counts | watched
         self.step = step
         tokenizer, shown = s.inputs.tokenizer, config.telemetry.trajectories
-        rows = report_rows(rollout.view, tokenizer, config.tokenizer.dialect, raw_K, shown)
+        lengths = [len(sample.ids_T) for sample in rollout.samples[:shown]]
+        traces = s.trainer.rows.traces(parts, scores, lengths)
+        rows = report_rows(rollout.view, tokenizer, config.tokenizer.dialect, raw_K, traces, shown)
         s.reporter.step(step, metrics, rows)
         if self.nonfinite.too_many(step, rollout, parts, scores, results):
             s.keep(step, **self._state())

@@ -94,6 +94,9 @@ class EmbeddedEngine:
         """Turn by turn: the batch is what makes decoding in this process fast."""
         play_in_rounds(self, requests, sampling, follow, enough)
 
+    def rest(self) -> None:
+        """Nothing is held that the trainer could use."""
+
     def close(self) -> None:
         """Drop the model."""
         self._model = None

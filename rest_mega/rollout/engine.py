@@ -107,6 +107,10 @@ class Engine(Protocol):
         each episode on its own stops what it is sampling and follows what that has reached as
         `aborted`; others end after the turns that they sample together."""
 
+    def rest(self) -> None:
+        """Nothing will be asked before parameters are loaded: give back memory that the trainer
+        can use meanwhile."""
+
     def close(self) -> None:
         """Free what the engine holds."""
 

@@ -9,6 +9,7 @@ from typing import Any
 from rest_mega.config import RolloutConfig, one_of
 from rest_mega.data.tokenizer import Tokenizer
 from rest_mega.rollout.engine import Engine
+from rest_mega.rollout.sglang_placement import Machine, place_servers
 
 
 def make_engine(
@@ -19,9 +20,10 @@ def make_engine(
     tokenizer: Tokenizer,
     device: Any,
     folder: Path,
+    machine: Machine,
 ) -> Engine:
     """The engine that `rollout.engine` names. Servers write their logs into `folder` and keep a
-    copy of the weights there."""
+    copy of the weights there; `machine` has the GPUs that they may get."""
     one_of("rollout.engine", config.engine, ENGINES)
     return ENGINES[config.engine](
         config,
@@ -30,6 +32,7 @@ def make_engine(
         tokenizer=tokenizer,
         device=device,
         folder=folder,
+        machine=machine,
     )
 
 
@@ -68,6 +71,7 @@ def _sglang(
     tokenizer: Tokenizer,
     device: Any,
     folder: Path,
+    machine: Machine,
 ) -> Engine:
     from rest_mega.rollout.sglang_engine import SglangEngine
 
@@ -78,6 +82,7 @@ def _sglang(
         end_of_turn_ids=tokenizer.end_of_turn_ids,
         device=str(device),
         folder=folder,
+        gpus=place_servers(config.sglang, machine, device.type),
     )
 
 

@@ -53,5 +53,8 @@ class ReplayEngine:
             "kept)"
         )
 
+    def rest(self) -> None:
+        """Nothing is held that the trainer could use."""
+
     def close(self) -> None:
         """Nothing to free."""

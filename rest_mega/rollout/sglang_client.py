@@ -110,6 +110,15 @@ class Client:
         """Decode again."""
         await self._json("POST", "/continue_generation", {})
 
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """Give the GPU memory of these back (weights, kv_cache); what was in it is lost. Only while
+        nothing runs: the server would not survive it otherwise."""
+        await self._json("POST", "/release_memory_occupation", {"tags": list(tags)})
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take it again; only for tags that were released."""
+        await self._json("POST", "/resume_memory_occupation", {"tags": list(tags)})
+
     async def flush(self) -> None:
         """Forget all cached prefixes; waits until nothing runs any more."""
         seconds = max(1, int(self._update_s / 2))

@@ -14,9 +14,10 @@ from rest_mega.config import SglangConfig, one_of
 from rest_mega.rollout.engine import Completion, Enough, Follow, Request, Sampling, never
 from rest_mega.rollout.sglang_episodes import Episodes
 from rest_mega.rollout.sglang_fleet import Fleet, Worker
+from rest_mega.rollout.sglang_placement import Gpus
 from rest_mega.rollout.sglang_server import Server, default_arguments
 from rest_mega.rollout.sglang_transports import Broadcast, Disk, Tensors, Transport
-from rest_mega.rollout.sglang_update import Update, restore
+from rest_mega.rollout.sglang_update import Update, rest, restore
 from rest_mega.rollout.sglang_weights import (
     DTYPES,
     Checksums,
@@ -43,14 +44,17 @@ class SglangEngine:
         end_of_turn_ids: Sequence[int],
         device: str,
         folder: Path,
+        gpus: Sequence[Gpus] = (),
     ) -> None:
         """Start or attach to the servers; ConfigError when they do not become ready.
 
         `device`: this process's, "cpu" or "cuda:N"; servers run on the same kind. `folder` takes
-        their logs and the copy of the weights.
+        their logs and the copy of the weights. `gpus`: of each server that is started.
         """
         kind = device.partition(":")[0]
         arguments = default_arguments(model_path, dtype, kind) | dict(config.arguments)
+        if config.colocate and kind == "cuda":
+            arguments["enable_memory_saver"] = True
         one_of("rollout.sglang.dtype", arguments["dtype"], DTYPES)
         self._config, self._device = config, device
         self._shapes = expected_shapes(model_path)
@@ -59,8 +63,9 @@ class SglangEngine:
         self._kept = Kept(folder / "weights", model_path)
         self._sums, self._version, self._loaded = Checksums(), -1, -1
         servers = [
-            Server(config.python, arguments, config.environment, folder / f"server_{n}.log")
-            for n in range(0 if config.urls else config.servers)
+            Server(config.python, arguments, config.environment, folder / f"server_{n}.log", own)
+            for n, own in enumerate(gpus or [()] * config.servers)
+            if not config.urls
         ]
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True).start()
@@ -148,6 +153,17 @@ class SglangEngine:
             raise
         self._wait(self._recover(failed))
         self._version = version
+
+    def rest(self) -> None:
+        """Servers that share the trainer's GPUs give their memory back; nothing can be played until
+        parameters are loaded."""
+        if not self._config.colocate:
+            return
+        self._wait(self._fleet.shut())
+        self._wait(self._fleet.mended())  # a server that comes up meanwhile would take memory
+        self._version = self._loaded = -1
+        for asleep in [self._submit(rest(worker)) for worker in self._fleet.workers]:
+            asleep.result()
 
     def _stream(self, tensors: Iterable[tuple[str, Any]], version: int) -> dict[Worker, str]:
         """Workers that did not take the weights, and why."""

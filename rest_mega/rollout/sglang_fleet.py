@@ -35,6 +35,8 @@ class Worker:
     open: bool = True
     running: dict[str, asyncio.Future[Piece]] = field(default_factory=dict)
     """Requests under way, by their ids."""
+    released: set[str] = field(default_factory=set)
+    """Whose GPU memory it has given back: weights, kv_cache."""
     restarts: int = 0
     answered: int = 0
     """Requests that it has answered, over all its starts."""
@@ -212,7 +214,7 @@ class Fleet:
 
     async def _sound(self, worker: Worker) -> bool:
         """It generates; a broken connection was all."""
-        if worker.server is not None and not worker.server.alive:
+        if worker.released or (worker.server is not None and not worker.server.alive):
             return False
         return await worker.client.healthy(self._config.health_s)
 
@@ -236,6 +238,7 @@ class Fleet:
                 "(rollout.sglang.restarts)"
             )
         worker.restarts += 1
+        worker.released.clear()
         if worker.server is not None:
             worker.server.kill()
             worker.server.start()

@@ -30,6 +30,7 @@ class Update:
 
     async def begin(self) -> None:
         """Stop what runs, forget its cache and the version's name, open the bracket."""
+        await self._each(lambda w: wake(w, "weights"))
         await self._each(lambda w: w.client.pause())
         await self._each(lambda w: w.client.flush())
         await self._each(lambda w: w.client.name_version(None))
@@ -55,6 +56,7 @@ class Update:
         await self._each(lambda w: w.client.end_update())
         await self._each(self._transport.end)
         await self._each(lambda w: name(w, version, sums))
+        await self._each(lambda w: wake(w, "kv_cache"))
 
     async def resume(self) -> None:
         """Let all workers decode again, whatever came before, and those that failed too: a paused
@@ -75,6 +77,26 @@ class Update:
 
         await asyncio.gather(*(one(worker) for worker in self._workers))
         self._workers = [worker for worker in self._workers if worker not in self.failed]
+
+
+async def rest(worker: Worker) -> None:
+    """Give the worker's GPU memory back until the next load, which it then needs. One that does not
+    answer is killed: its memory must not be missing while the trainer trains."""
+    try:
+        await worker.client.flush()
+        await worker.client.release_memory(["kv_cache", "weights"])
+    except (ServerLost, ServerRefused):
+        if worker.server is None:
+            raise
+        worker.server.kill()
+    worker.released |= {"kv_cache", "weights"}
+
+
+async def wake(worker: Worker, tag: str) -> None:
+    """Memory for weights or kv_cache again, where it was given back."""
+    if tag in worker.released:
+        await worker.client.resume_memory([tag])
+        worker.released.remove(tag)
 
 
 async def restore(worker: Worker, kept: Kept, version: int, sums: Checksums) -> None:

@@ -94,6 +94,17 @@ def resolve(name: str) -> torch.device:
     return torch.device("cpu")
 
 
+def count(device: torch.device) -> int:
+    """GPUs that this process sees; 0 for a run on a CPU."""
+    return 0 if device.type == "cpu" else torch.cuda.device_count()
+
+
+def give_back(device: torch.device) -> None:
+    """GPU memory that torch holds and does not use, for other processes on the same GPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def backend(device: torch.device) -> str:
     """The torch.distributed backend: gloo for CPU tensors, NCCL for CUDA tensors."""
     return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"

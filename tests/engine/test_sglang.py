@@ -49,7 +49,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangEngine]:
     if not PYTHON.exists():
         pytest.skip(f"no SGLang in {PYTHON}: run `make sglang` first")
     folder = tmp_path_factory.mktemp("servers")
-    engine = make_engine(MODEL, None, folder=folder, servers=2, end=TOKENIZER.end_of_turn_ids)
+    end = TOKENIZER.end_of_turn_ids
+    engine = make_engine(MODEL, None, folder=folder, servers=2, colocate=True, end=end)
     yield engine
     engine.close()
 
@@ -245,6 +246,22 @@ def test_turns_that_are_cut_short_because_there_is_enough_go_on_later(
         np.testing.assert_allclose(whole.logprobs_T, want, atol=TOLERANCE)
         assert set(begun.version_T) <= {7}
         assert set(rest.version_T) == {8}
+
+
+def test_servers_that_gave_their_memory_back_serve_the_weights_that_come_next(
+    servers: SglangEngine, model: Any
+) -> None:
+    requests, losses = asked(4, 8), servers.losses
+    servers.load_parameters(moved(model, 1.02).named_parameters(), 10)
+    servers.generate(requests, Sampling())
+    servers.rest()
+    with pytest.raises(RuntimeError, match="load parameters first"):
+        servers.generate(requests, Sampling())
+    servers.load_parameters(model.named_parameters(), 11)
+    for request, done in zip(requests, servers.generate(requests, Sampling()), strict=True):
+        assert_scored(model, request, done)
+        assert set(done.version_T) == {11}
+    assert servers.losses == losses
 
 
 def test_what_would_end_a_server_is_refused_and_the_servers_live_on(

@@ -429,6 +429,14 @@ def test_what_sglang_section_does_not_know_is_an_argument_of_the_server() -> Non
         ({"restarts": -1}, "rollout.sglang.restarts=-1 must not be negative"),
         ({"urls": ["host:30000"]}, "rollout.sglang.urls has 'host:30000'; write http://host:port"),
         ({"arguments": 3}, "rollout.sglang.arguments=3 must be a mapping"),
+        ({"gpus": [1, 1]}, "rollout.sglang.gpus=[1, 1] must name each GPU once"),
+        ({"gpus": [-1]}, "rollout.sglang.gpus=[-1] must name each GPU once, from 0 on"),
+        ({"gpus": [1], "urls": ["http://h:1"]}, "leave out rollout.sglang.gpus and colocate"),
+        ({"colocate": True, "urls": ["http://h:1"]}, "leave out rollout.sglang.gpus and colocate"),
+        ({"gpus": [1], "colocate": True}, "leave out rollout.sglang.gpus=[1]"),
+        ({"colocate": True, "transport": "distributed"}, "use transport=tensor"),
+        ({"tp_size": 0}, "rollout.sglang.tp_size=0 must be a whole number"),
+        ({"tensor_parallel_size": "a"}, "tensor_parallel_size='a' must be a whole number"),
     ],
 )
 def test_a_setting_of_our_own_that_cannot_be_is_refused(tree: dict[str, Any], message: str) -> None:

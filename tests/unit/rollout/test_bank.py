@@ -21,6 +21,7 @@ from rest_mega.rollout.engine import Sampling
 from rest_mega.rollout.engines import make_engine
 from rest_mega.rollout.episode import Group, key_of_row, row_of, trajectory_of
 from rest_mega.rollout.replay_engine import ReplayEngine
+from rest_mega.rollout.sglang_placement import Machine
 from tests.support.models import save_model
 from tests.support.rollouts import (
     SEED,
@@ -332,6 +333,7 @@ def engine_of(path: Path, folder: Path, **settings: Any) -> Any:
         tokenizer=TOKENIZER,
         device=torch.device("cpu"),
         folder=folder,
+        machine=Machine(0, (0,), (0,), 1, 0),
     )
 
 

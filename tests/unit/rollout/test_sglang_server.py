@@ -74,6 +74,21 @@ def test_an_interpreter_that_does_not_exist_is_named_with_the_remedy(tmp_path: P
         server.start()
 
 
+@pytest.mark.parametrize(("ours", "want"), [(None, "3,1"), ("4,5,GPU-6,7", "7,5")])
+def test_a_server_sees_the_gpus_that_it_gets_in_their_order(
+    ours: str | None, want: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if ours is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ours)
+    body = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True)"
+    arguments = {"host": "127.0.0.1", "device": "cuda", "port": 1}
+    server = Server("", arguments, package(tmp_path, body), tmp_path / "log", gpus=(3, 1))
+    server.start()
+    wait_for(lambda: not server.alive)
+    assert server.tail() == want + "\n"
+
+
 def test_a_stubborn_server_and_its_children_are_ended(tmp_path: Path) -> None:
     body = (
         "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
