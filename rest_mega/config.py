@@ -871,6 +871,8 @@ class TelemetryConfig:
     """Write TensorBoard event files into the run directory."""
     trajectories: int = 16
     """Trajectories kept per step for the report."""
+    timelines: int = 64
+    """Ranks that keep a timeline of their phases (RUN/phases), at most; they are spread evenly."""
     reference_kl: bool = False
     """Measure the KL to the reference policy also where no penalty needs it; a forward pass more
     per step."""
@@ -879,10 +881,9 @@ class TelemetryConfig:
 
     def __post_init__(self) -> None:
         one_of("telemetry.console", self.console, ("auto", "bar", "plain"))
-        require(
-            self.trajectories >= 0,
-            f"telemetry.trajectories={self.trajectories} must not be negative",
-        )
+        for name in ("trajectories", "timelines"):
+            value = getattr(self, name)
+            require(value >= 0, f"telemetry.{name}={value} must not be negative; 0 keeps none")
 
 
 @dataclass(frozen=True)

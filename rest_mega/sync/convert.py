@@ -10,6 +10,7 @@ what was written. Only then does the target appear under its name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -27,7 +28,7 @@ from rest_mega.sync import manifest
 from rest_mega.sync.byte_ranges import Extent, Rows, blocks
 from rest_mega.sync.export import copy_side_files
 from rest_mega.sync.load import open_rows
-from rest_mega.sync.moving import Move, Mover, dtype_name, read_back
+from rest_mega.sync.moving import ALGORITHM, Move, Mover, dtype_name, read_back
 from rest_mega.sync.names import hf_names, hf_shape
 from rest_mega.sync.places import Place, Places, find_places
 from rest_mega.sync.safetensors_files import SHARD_BYTES, Entry, lay_out, plan, write_index
@@ -42,6 +43,8 @@ from rest_mega.trainer.checkpoint_files import (
 from rest_mega.trainer.model import Architecture, read_architecture
 from rest_mega.trainer.parallel import Parallel
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Full disk, quota, largest file."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -98,9 +101,9 @@ def convert(job: Job, parallel: Parallel) -> None:
     """Write the target, verify it, rename it into place; `parallel` is that of a single process.
 
     ConfigError when the source is damaged or holds other tensors than its config.json promises, or
-    when the result does not read back as it was written.
+    when the result does not read back as it was written or has no room.
     """
-    known = manifest.check(job.source, job.architecture)
+    known = _sums(job.source, manifest.check(job.source, job.architecture))
     if (job.source / STATE).is_file():
         _check_runs_own(job.source, contents=job.verify)
     places = find_places(job.architecture, parallel)
@@ -110,7 +113,7 @@ def convert(job: Job, parallel: Parallel) -> None:
         dtypes, tasks = lay(job, places, rows, partial)
         read, written = Mover(rows, job.architecture, job.quiet).run(tasks)
         if known is not None:
-            _compare(job.source, "was damaged since its conversion", _sums(known), read)
+            _compare(job.source, "was damaged since its conversion", known, read)
         if job.verify:
             with _syncing(partial):
                 result = _open(partial, job.architecture, places)
@@ -131,13 +134,13 @@ def convert(job: Job, parallel: Parallel) -> None:
 def check(folder: Path, parallel: Parallel, *, quiet: bool = False) -> int:
     """Compare every byte of a converted checkpoint with its manifest; the number of tensors."""
     architecture = read_architecture(str(folder))
-    known = manifest.check(folder, architecture)
+    known = _sums(folder, manifest.check(folder, architecture))
     if known is None:
         raise ConfigError(f"{folder} has no {manifest.NAME}; only conversions can be checked")
     found = read_back(
         _open(folder, architecture, find_places(architecture, parallel)), architecture, quiet
     )
-    _compare(folder, "was damaged since its conversion", _sums(known), found)
+    _compare(folder, "was damaged since its conversion", known, found)
     return len(found)
 
 
@@ -180,11 +183,25 @@ def _appearing(target: Path) -> Iterator[Path]:
         _sync(partial)
         os.replace(partial, target)
         sync_to_disk(target.parent)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise ConfigError(
+            f"there is no room for {target} ({error.strerror}); make some, or name a folder on "
+            "another disk"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sums(known: Mapping[str, Any]) -> dict[str, str]:
+def _sums(folder: Path, known: Mapping[str, Any] | None) -> dict[str, str] | None:
+    if known is None:
+        return None
+    require(
+        known["checksum"] == ALGORITHM,
+        f"{folder / manifest.NAME} has {known['checksum']} sums, this version compares "
+        f"{ALGORITHM}; convert the checkpoint anew, or remove that file to go without",
+    )
     return {name: tensor["result"]["checksum"] for name, tensor in known["tensors"].items()}
 
 

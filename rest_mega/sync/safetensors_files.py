@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rest_mega.config import ConfigError
-from rest_mega.sync.byte_ranges import Extent, Files
+from rest_mega.sync.byte_ranges import Extent, Files, reserve
 
 DTYPES = {
     "F64": torch.float64,
@@ -174,7 +174,8 @@ def write_index(folder: Path, files: Mapping[str, Sequence[str]], total: int) ->
 
 
 def lay_out(file: Path, entries: Sequence[Entry]) -> dict[str, Extent]:
-    """Write the header of a new file and give it its length; where each tensor's bytes belong."""
+    """Write the header of a new file and give it its length; where each tensor's bytes belong.
+    OSError when there is no room for them."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
@@ -188,5 +189,5 @@ def lay_out(file: Path, entries: Sequence[Entry]) -> dict[str, Extent]:
     text += b" " * (-len(text) % 8)
     with file.open("xb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
+        reserve(stream, 8 + len(text) + end)
     return read_header(file)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from rest_mega.config import ConfigError
-from rest_mega.sync.byte_ranges import Extent, Files
+from rest_mega.sync.byte_ranges import Extent, Files, reserve
 from rest_mega.sync.places import Place, Places
 from rest_mega.trainer.checkpoint_pickles import read_metadata
 
@@ -278,11 +278,13 @@ class TorchDistWriter:
 
     def _close(self) -> None:
         if self._stream is not None:
-            self._stream.close()
+            with self._stream as stream:
+                reserve(stream, stream.tell())
             self._stream = None
 
     def finish(self) -> None:
-        """Write torch's `.metadata` and mcore's metadata.json and common.pt."""
+        """Write torch's `.metadata` and mcore's metadata.json and common.pt; OSError when there is
+        no room for all of this."""
         from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.metadata import Metadata

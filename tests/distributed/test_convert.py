@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rest_mega.config import ConfigError, ModelConfig, ParallelConfig
+from rest_mega.sync import manifest
 from tests.support.models import save_model
 from tests.support.ranks import run_ranks
 
@@ -181,6 +182,23 @@ def test_values_beyond_the_chosen_dtype_are_refused_by_name(root: Path, tmp_path
     assert not list(tmp_path.glob("td*"))
 
 
+def _convert_with_little_room(limit: int, *lines: list[str]) -> list[tuple[int, str]]:
+    """As on a disk whose files end at `limit` bytes."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return convert_words(*lines)
+
+
+def test_a_disk_without_room_is_said_before_anything_is_moved(root: Path, tmp_path: Path) -> None:
+    sources = [root / kind / "qwen3 tied" for kind in ("hf", "td")]
+    lines = [[str(source), str(tmp_path / source.parent.name)] for source in sources]
+    for code, said in run_ranks(_convert_with_little_room, 1, 20_000, *lines)[0]:
+        assert code == 2, said
+        assert re.search(r"there is no room for \S+/(hf|td) \(.*\); make some", said), said
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------ anything at all
 
 
@@ -285,6 +303,11 @@ def test_damage_is_refused_with_the_remedy(root: Path, tmp_path: Path) -> None:
         return Path(shutil.copytree(root / "td" / "qwen3 tied", tmp_path / name))
 
     flipped, cut, other, bare = copy("flipped"), copy("cut"), copy("other"), copy("bare")
+    older = copy("older")
+    text = (older / "conversion.json").read_text()
+    known = json.loads(text) | {"checksum": "crc32"}
+    known["digest"] = manifest._digest({k: v for k, v in known.items() if k != "digest"})
+    (older / "conversion.json").write_text(json.dumps(known))
     data = bytearray((flipped / "__0_0.distcp").read_bytes())
     data[len(data) // 2] ^= 1
     (flipped / "__0_0.distcp").write_bytes(data)
@@ -303,6 +326,7 @@ def test_damage_is_refused_with_the_remedy(root: Path, tmp_path: Path) -> None:
         [root / "hf" / "qwen3 tied"],
         [root / "td" / "qwen3 tied", tmp_path / "flipped"],
         [tmp_path / "absent", tmp_path / "e"],
+        [older],
     )
     wanted = [
         "was damaged since its conversion.*1 tensors in all.*convert the checkpoint anew",
@@ -314,6 +338,7 @@ def test_damage_is_refused_with_the_remedy(root: Path, tmp_path: Path) -> None:
         "has no conversion.json; only conversions can be checked",
         "exists already; move it away or name another folder",
         "is no folder; name a checkpoint folder",
+        "has crc32 sums, this version compares xxh3_128; convert the checkpoint anew",
     ]
     for (code, said), pattern in zip(answers, wanted, strict=True):
         assert code == 2, said
