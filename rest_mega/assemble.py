@@ -353,6 +353,11 @@ def _engine(
         f"rollout.sglang.urls names {len(sglang.urls)} servers for {place.data_size} replicas: "
         f"give a multiple of {place.data_size}",
     )
+    require(
+        place.data_size == 1 or "://" not in sglang.router,
+        f"rollout.sglang.router={sglang.router!r} with {place.data_size} replicas, which load the "
+        "weights of their own servers at times of their own: use rollout.sglang.router=start",
+    )
     urls = sglang.urls[place.data_rank :: place.data_size]
     return make_engine(
         dataclasses.replace(rollout, sglang=dataclasses.replace(sglang, urls=urls)),

@@ -358,6 +358,10 @@ class SglangConfig:
     start our own."""
     servers: int = 1
     """Servers that each replica's lead starts on its machine; they end with it."""
+    router: str = ""
+    """An sglang-router that requests go through: http://host:port of one that runs, start for one
+    that each lead starts before its servers, empty for none: each lead then asks the server that
+    has the least to do, an episode's next turn where its prefix is cached."""
     python: str = ""
     """Python interpreter of an environment with sglang; empty: the one that runs this."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -410,6 +414,10 @@ class SglangConfig:
                 url.startswith(("http://", "https://")),
                 f"rollout.sglang.urls has {url!r}; write http://host:port",
             )
+        require(
+            self.router in ("", "start") or self.router.startswith(("http://", "https://")),
+            f"rollout.sglang.router={self.router!r} must be start, http://host:port or empty",
+        )
         self._check_placement()
 
     @property
