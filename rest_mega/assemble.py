@@ -30,6 +30,7 @@ from rest_mega.stop import Stop
 from rest_mega.sync.export import Exporter
 from rest_mega.sync.load import Source, load, open_source
 from rest_mega.telemetry.reporter import Reporter
+from rest_mega.telemetry.timeline import Timeline, kept
 from rest_mega.trainer import checkpoint, device, parallel
 from rest_mega.trainer.checkpoint_files import (
     candidates,
@@ -272,6 +273,7 @@ def _open(
         resume_step=resumed.get("step"),
         region_names=[region.name for region in Region],
         config_tree=config.to_dict(),
+        timeline=_timeline(config, place, resumed.get("step")) if trains else None,
     )
     if directory is not None and directory.unlocked:
         reporter.event("unlocked", f"{run_dir} cannot be locked: {directory.unlocked}")
@@ -298,6 +300,22 @@ def _open(
         directory=directory,
         resumed=resumed,
         carried=carried,
+    )
+
+
+def _timeline(config: RunConfig, place: parallel.Parallel, step: int | None) -> Timeline | None:
+    """This rank's, where it keeps one. Collective."""
+    offset = place.clock_offset()
+    if not kept(place.rank, place.world_size, config.telemetry.timelines):
+        return None
+    where = f"DP {place.data_rank} PP {place.pipeline_rank} CP {place.context_rank} "
+    return Timeline(
+        Path(config.run.dir),
+        place.rank,
+        where + f"TP {place.tensor_rank}",
+        waits=place.take_waits,
+        clock_offset=offset,
+        resume_step=step,
     )
 
 
@@ -350,6 +368,11 @@ def _engine(
         len(sglang.urls) % place.data_size == 0,
         f"rollout.sglang.urls names {len(sglang.urls)} servers for {place.data_size} replicas: "
         f"give a multiple of {place.data_size}",
+    )
+    require(
+        place.data_size == 1 or "://" not in sglang.router,
+        f"rollout.sglang.router={sglang.router!r} with {place.data_size} replicas, which load the "
+        "weights of their own servers at times of their own: use rollout.sglang.router=start",
     )
     urls = sglang.urls[place.data_rank :: place.data_size]
     return make_engine(

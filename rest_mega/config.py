@@ -358,6 +358,10 @@ class SglangConfig:
     start our own."""
     servers: int = 1
     """Servers that each replica's lead starts on its machine; they end with it."""
+    router: str = ""
+    """An sglang-router that requests go through: http://host:port of one that runs, start for one
+    that each lead starts before its servers, empty for none: each lead then asks the server that
+    has the least to do, an episode's next turn where its prefix is cached."""
     python: str = ""
     """Python interpreter of an environment with sglang; empty: the one that runs this."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -410,6 +414,10 @@ class SglangConfig:
                 url.startswith(("http://", "https://")),
                 f"rollout.sglang.urls has {url!r}; write http://host:port",
             )
+        require(
+            self.router in ("", "start") or self.router.startswith(("http://", "https://")),
+            f"rollout.sglang.router={self.router!r} must be start, http://host:port or empty",
+        )
         self._check_placement()
 
     @property
@@ -932,6 +940,8 @@ class TelemetryConfig:
     """Write TensorBoard event files into the run directory."""
     trajectories: int = 16
     """Trajectories kept per step for the report."""
+    timelines: int = 64
+    """Ranks that keep a timeline of their phases (RUN/phases), at most; they are spread evenly."""
     reference_kl: bool = False
     """Measure the KL to the reference policy also where no penalty needs it; a forward pass more
     per step."""
@@ -940,10 +950,9 @@ class TelemetryConfig:
 
     def __post_init__(self) -> None:
         one_of("telemetry.console", self.console, ("auto", "bar", "plain"))
-        require(
-            self.trajectories >= 0,
-            f"telemetry.trajectories={self.trajectories} must not be negative",
-        )
+        for name in ("trajectories", "timelines"):
+            value = getattr(self, name)
+            require(value >= 0, f"telemetry.{name}={value} must not be negative; 0 keeps none")
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,9 @@ class Loop:
         metrics |= s.place.merge({**rollout_metrics(rollout.view), **kl}) | rollout.counts | watched
         self.step = step
         tokenizer, shown = s.inputs.tokenizer, config.telemetry.trajectories
-        rows = report_rows(rollout.view, tokenizer, config.tokenizer.dialect, raw_K, shown)
+        lengths = [len(sample.ids_T) for sample in rollout.samples[:shown]]
+        traces = s.trainer.rows.traces(parts, scores, lengths)
+        rows = report_rows(rollout.view, tokenizer, config.tokenizer.dialect, raw_K, traces, shown)
         s.reporter.step(step, metrics, rows)
         if self.nonfinite.too_many(step, rollout, parts, scores, results):
             s.keep(step, **self._state())

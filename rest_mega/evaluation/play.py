@@ -110,7 +110,8 @@ def play(
     judge = judge_of(benchmark.suite, results, tick)
 
     def keep(_: str, trajectory: Any) -> None:
-        judge(known[trajectory.prompt.id], trajectory.sibling, played_of(trajectory))
+        played = played_of(trajectory, collector.dialect)
+        judge(known[trajectory.prompt.id], trajectory.sibling, played)
 
     todo = [(task, n) for task, n in pairs if (task.prompt.id, n) not in results.done]
     for begin in range(0, len(todo), together):

@@ -124,7 +124,8 @@ class Collector:
         Where the engine decodes every episode on its own, episodes are advanced from several
         threads at a time; an episode's own turns and calls come one after another.
         """
-        self._engine, self._tokenizer, self._chat, self._dialect = engine, tokenizer, chat, dialect
+        self._engine, self._tokenizer, self._chat = engine, tokenizer, chat
+        self.dialect = dialect
         self._config, self._limits, self._stop = config, limits, stop
         self._tools = ToolRuntime(limits, tokenizer)
         self._side_by_side = threading.BoundedSemaphore(limits.parallel_episodes)
@@ -254,7 +255,7 @@ class Collector:
         start, end = episode.ledger.sample(done, turn)
         ids = done.ids_T[:-1] if done.finished else done.ids_T
         text = b"".join(self._tokenizer.token_bytes(int(i)) for i in ids)
-        reply = parse(text, self._dialect)
+        reply = parse(text, self.dialect)
         calls = done.finished and episode.tools.takes(reply)
         outcomes = episode.tools.answer(reply) if calls else ()
         episode.turns.append(

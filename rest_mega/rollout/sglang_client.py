@@ -185,13 +185,17 @@ class Client:
         seconds: float | None = None,
     ) -> dict[str, Any]:
         status, raw = await self._call(method, route, body, seconds or self._update_s)
-        if status != 200:
-            raise ServerRefused(f"{self.url}{route} answered {status}: {complaint(raw)}")
+        if not 200 <= status < 300:
+            raise self._failure(status, f"{self.url}{route} answered {status}: {complaint(raw)}")
         try:
             found = orjson.loads(raw)
         except orjson.JSONDecodeError:  # some routes answer with a sentence or nothing
             return {}
         return found if isinstance(found, dict) else {}
+
+    def _failure(self, status: int, text: str) -> Exception:
+        """What an answer with this status is."""
+        return ServerRefused(text)
 
     async def _call(
         self, method: str, route: str, body: Mapping[str, Any] | None, seconds: float

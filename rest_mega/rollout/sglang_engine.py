@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 from rest_mega.config import SglangConfig, one_of
 from rest_mega.rollout.engine import Completion, Enough, Follow, Request, Sampling, never
 from rest_mega.rollout.sglang_episodes import Episodes
-from rest_mega.rollout.sglang_fleet import Fleet, Worker
+from rest_mega.rollout.sglang_fleet import Fleet
 from rest_mega.rollout.sglang_placement import Gpus
+from rest_mega.rollout.sglang_router import Router
 from rest_mega.rollout.sglang_server import Server, default_arguments
 from rest_mega.rollout.sglang_transports import Broadcast, Disk, Tensors, Transport
 from rest_mega.rollout.sglang_update import Update, rest, restore
@@ -26,6 +27,7 @@ from rest_mega.rollout.sglang_weights import (
     checked,
     expected_shapes,
 )
+from rest_mega.rollout.sglang_worker import Worker
 
 T = TypeVar("T")
 
@@ -69,7 +71,8 @@ class SglangEngine:
         ]
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True).start()
-        self._fleet, self._closed = Fleet(config, servers, self._restore), False
+        self.router = Router(config, folder) if config.router else None
+        self._fleet, self._closed = Fleet(config, servers, self._restore, self.router), False
         self._episodes = Episodes(self._fleet, end_of_turn_ids, vocab_size, config.in_flight)
         self._transport = self._make_transport()
         try:

@@ -13,10 +13,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from rest_mega.rollout.sglang_client import Client, ServerLost, ServerRefused
-from rest_mega.rollout.sglang_fleet import Worker
 from rest_mega.rollout.sglang_transports import Transport
 from rest_mega.rollout.sglang_weights import Checksums, Kept
 from rest_mega.rollout.sglang_wire import flatten, payload
+from rest_mega.rollout.sglang_worker import Worker
 
 
 class Update:

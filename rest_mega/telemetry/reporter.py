@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rest_mega.config import TelemetryConfig
-
-METRICS, TRAJECTORIES, EVENTS, RUN = (
-    "metrics.jsonl",
-    "trajectories.jsonl",
-    "events.jsonl",
-    "run.json",
-)
+from rest_mega.telemetry.rows import EVENTS, METRICS, RUN, TRAJECTORIES, append, drop_after
+from rest_mega.telemetry.timeline import Timeline
 
 LIVE = (
     ("reward/mean", "reward {:.2f}"),
@@ -51,9 +45,11 @@ class Reporter:
         resume_step: int | None = None,
         region_names: Sequence[str] = (),
         config_tree: Mapping[str, Any] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         """`resume_step`: the step that a checkpoint resumed from; what was reported after it is
-        dropped."""
+        dropped. `timeline`: of this rank, where it keeps one."""
+        self._timeline, self._last_step = timeline, resume_step or 0
         self._active, self._dir, self._config = active, run_dir, config
         self._seconds: dict[str, float] = {}
         self._bar: Any = None
@@ -63,7 +59,7 @@ class Reporter:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, TRAJECTORIES):
-            _drop_after(run_dir / name, -1 if resume_step is None else resume_step)
+            drop_after(run_dir / name, -1 if resume_step is None else resume_step)
         (run_dir / RUN).write_text(
             json.dumps({"regions": list(region_names), "config": config_tree or {}}, indent=1)
         )
@@ -87,11 +83,16 @@ class Reporter:
         """Time what happens inside; the seconds become `time/<name>` of the next reported step."""
         if self._bar is not None:
             self._bar.set_description_str(name)
-        start = time.perf_counter()
+        if self._timeline is not None:
+            self._timeline.begin()
+        begin, start = time.time(), time.perf_counter()
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+            if self._timeline is not None:
+                self._timeline.add(name, begin, seconds)
 
     def step(
         self,
@@ -102,14 +103,17 @@ class Reporter:
         """Report one step (or an evaluation at a step) with the phases timed since the last
         report."""
         seconds, self._seconds = self._seconds, {}
+        self._last_step = step
+        if self._timeline is not None:
+            self._timeline.flush(step)
         if not self._active:
             return
         row = dict(metrics) | {f"time/{name}": value for name, value in seconds.items()}
         if "tokens/trained" in row and seconds:
             row["tokens/s"] = row["tokens/trained"] / max(sum(seconds.values()), 1e-9)
         row["time/elapsed"] = time.perf_counter() - self._started
-        _append(self._dir / METRICS, [{"step": step} | {k: _finite(v) for k, v in row.items()}])
-        _append(self._dir / TRAJECTORIES, trajectories[: self._config.trajectories])
+        append(self._dir / METRICS, [{"step": step} | {k: _finite(v) for k, v in row.items()}])
+        append(self._dir / TRAJECTORIES, trajectories[: self._config.trajectories])
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
@@ -137,7 +141,7 @@ class Reporter:
     def event(self, kind: str, text: str) -> None:
         """Say something notable above the bar, and keep it in events.jsonl."""
         if self._active:
-            _append(self._dir / EVENTS, [{"time": time.time(), "kind": kind, "text": text}])
+            append(self._dir / EVENTS, [{"time": time.time(), "kind": kind, "text": text}])
             self._say(text)
 
     def _say(self, text: str) -> None:
@@ -148,7 +152,9 @@ class Reporter:
             sys.stderr.flush()
 
     def close(self) -> None:
-        """Close the bar and the event files."""
+        """Close the bar and the event files; what happened since the last step belongs to it."""
+        if self._timeline is not None:
+            self._timeline.flush(self._last_step)
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -163,30 +169,6 @@ def _mode(name: str) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    if rows:
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the rows up to `step`, and none of a half-written last line."""
-    if path.is_file():
-        rows = [row for row in read_rows(path) if row["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, path)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file of this run; a half-written last line is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
 
 
 def _tensorboard(folder: Path, resume_step: int | None) -> Any:

@@ -429,6 +429,7 @@ def test_what_sglang_section_does_not_know_is_an_argument_of_the_server() -> Non
         ({"restarts": -1}, "rollout.sglang.restarts=-1 must not be negative"),
         ({"urls": ["host:30000"]}, "rollout.sglang.urls has 'host:30000'; write http://host:port"),
         ({"arguments": 3}, "rollout.sglang.arguments=3 must be a mapping"),
+        ({"router": "auto"}, "rollout.sglang.router='auto' must be start, http://host:port or"),
         ({"gpus": [1, 1]}, "rollout.sglang.gpus=[1, 1] must name each GPU once"),
         ({"gpus": [-1]}, "rollout.sglang.gpus=[-1] must name each GPU once, from 0 on"),
         ({"gpus": [1], "urls": ["http://h:1"]}, "leave out rollout.sglang.gpus and colocate"),

@@ -16,7 +16,7 @@ from rest_mega.config import ConfigError, SglangConfig
 from rest_mega.rollout.engine import Completion, Request, Sampling
 from rest_mega.rollout.sglang_client import ServerInfo, ServerRefused
 from rest_mega.rollout.sglang_engine import SglangEngine
-from rest_mega.rollout.sglang_fleet import STICK, Worker, choose
+from rest_mega.rollout.sglang_worker import STICK, Worker, choose
 from tests.support.models import save_model
 from tests.support.sglang import ReplayServer, recorded
 

@@ -13,11 +13,11 @@ import aiohttp
 import torch
 
 from rest_mega.rollout.sglang_client import Client, ServerInfo
-from rest_mega.rollout.sglang_fleet import Worker
 from rest_mega.rollout.sglang_server import Server
 from rest_mega.rollout.sglang_transports import Tensors
 from rest_mega.rollout.sglang_update import Update, rest
 from rest_mega.rollout.sglang_weights import Checksums
+from rest_mega.rollout.sglang_worker import Worker
 from tests.support.sglang import ReplayServer
 
 ROUTES = {
