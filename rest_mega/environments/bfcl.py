@@ -108,10 +108,10 @@ class BfclEnvironment:
         offered = [spec for spec in self._everything if spec_name(spec) in turn.offers]
         return "\n".join([*map(json.dumps, offered), turn.user])
 
-    def _documents(self, names: frozenset[str]) -> list[Mapping[str, Any]]:
+    def _documents(self, names: Sequence[str]) -> list[Mapping[str, Any]]:
         """BFCL's of these functions; its runner puts no hints into what it offers later."""
-        every = (one for kind in self._task["classes"] for one in function_documents(kind))
-        return [one for one in every if one["name"] in names]
+        every = [one for kind in self._task["classes"] for one in function_documents(kind)]
+        return [next(one for one in every if one["name"] == name) for name in names]
 
     def finish(self, answer: str) -> dict[str, Any]:
         """All turns; one that was cut off is judged by what it reached. `kind` and `reason` are
@@ -170,7 +170,7 @@ class _Turn:
 
     def __init__(self, turn: Mapping[str, Any], classes: Sequence[str]) -> None:
         self.user = str(turn.get("user", ""))
-        self.offers = frozenset(turn.get("offers", ()))
+        self.offers = tuple(turn.get("offers", ()))
         self.calls = [gold_call(call, classes) for call in turn["calls"]]
 
 
