@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -15,6 +16,7 @@ from rest_mega.data.prompts import load_prompts
 from rest_mega.data.tokenizer import load_tokenizer
 from rest_mega.dialects import DIALECTS, Region
 from rest_mega.environments import load_modules
+from rest_mega.evaluation.play import Benchmark, open_benchmarks
 from rest_mega.losses import head
 from rest_mega.records import Prompt
 from rest_mega.rewards import Rubric
@@ -57,8 +59,9 @@ _SAME_RUN = {
 # ------------------------------------------------------------------ before the ranks meet
 
 
-def read_inputs(config: RunConfig, verb: str) -> Inputs:
-    """Read model, tokenizer, environments and prompts; ConfigError says what does not fit.
+def read_inputs(config: RunConfig, verb: str, *, benchmarks_alone: bool = False) -> Inputs:
+    """Read model, tokenizer, environments, prompts and benchmarks; ConfigError says what does not
+    fit. `benchmarks_alone`: no prompts.
 
     Every rank reads for itself and finds the same: no process group exists yet.
     """
@@ -84,15 +87,28 @@ def read_inputs(config: RunConfig, verb: str) -> Inputs:
         "embedding rows: use the tokenizer that belongs to the model",
     )
     chat = ChatFormat(tokenizer)
-    train, held_out = _prompts(config, verb)
+    train, held_out = ([], []) if benchmarks_alone else _prompts(config, verb)
     check_prompts(train + held_out, chat, config.rollout.max_tokens, config.environment)
+    benchmarks = [] if verb == "eval" and not benchmarks_alone else _benchmarks(config, chat)
     rubric = Rubric(config.rewards)
     source = open_source(config.model.path, config.model.init, architecture, config.run.seed)
     reference = None
     if verb == "train" and config.needs_reference:
         reference = _reference(config, architecture) if config.model.reference else source
     _check_checkpoint(config, verb)
-    return Inputs(architecture, source, reference, tokenizer, chat, rubric, train, held_out)
+    return Inputs(
+        architecture, source, reference, tokenizer, chat, rubric, train, held_out, benchmarks
+    )
+
+
+def _benchmarks(config: RunConfig, chat: ChatFormat) -> list[Benchmark]:
+    """The benchmarks, of each category one prompt tried with the chat template; a prompt that is
+    too long is a wrong answer later."""
+    benchmarks = open_benchmarks(config.evaluation)
+    for benchmark in benchmarks:
+        first = {task.category: task.prompt for task in reversed(benchmark.tasks)}
+        check_prompts(list(first.values()), chat, sys.maxsize, config.environment)
+    return benchmarks
 
 
 def _reference(config: RunConfig, architecture: Architecture) -> Source:

@@ -23,7 +23,7 @@ def run(config: RunConfig, read: tuple[Inputs, list[Sample]]) -> int:
     """Train on the assistant turns of `sft.data` for `run.steps` steps; evaluates at the end if
     prompts are given."""
     inputs, samples = read
-    total, rollouts = config.run.steps, bool(inputs.held_out)
+    total, rollouts = config.run.steps, inputs.evaluated
     with open_session(config, inputs, "sft", total_steps=total, rollouts=rollouts) as session:
         return _loop(session, samples)
 

@@ -13,7 +13,7 @@ import importlib
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -147,6 +147,12 @@ def judge(category: str, entry_id: str, result: Any, reader: Any) -> dict[str, A
         enums.Language[language],
         enums.ReturnFormat[language],
     )
+
+
+def kind(verdict: Mapping[str, Any]) -> str:
+    """The type of the error in a verdict of `judge`; empty where there is none."""
+    error = verdict.get("error")
+    return str(error["error_type"]) if isinstance(error, dict) else verdict.get("error_type", "")
 
 
 def _forget_objects() -> None:
