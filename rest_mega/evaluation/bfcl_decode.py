@@ -47,7 +47,7 @@ def decode(text: str, dialect: str, category: str) -> Calls:
             return reader(text, LANGUAGES.get(category, "PYTHON"))
     except Exception as error:  # the handlers' own errors are of every kind, and all mean this
         raise DecodeError(f"{type(error).__name__}: {error}") from error
-    reply = dialects.parse(text.encode(), dialect)
+    reply = dialects.parse(text.encode("utf-8", "replace"), dialect)
     if not reply.well_formed:
         raise DecodeError(reply.error)
     return [{call.name: dict(call.arguments)} for call in reply.calls]

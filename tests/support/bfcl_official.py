@@ -162,11 +162,26 @@ def _forget_objects() -> None:
         del kept[name]
 
 
+def _with_paths(locks: Path) -> Any:
+    """`utils` with the paths that the package's door leaves out."""
+    utils = module("utils")
+    vars(utils).update(_fakes()["bfcl_eval.constants.eval_config"], LOCK_DIR=locks)
+    return utils
+
+
+def prompts(category: str, locks: Path) -> list[dict[str, Any]]:
+    """Entries as the runner gives them to a handler, with the functions in their first message as
+    it tells them to models without tool use."""
+    found = _with_paths(locks).load_dataset_entry(category)
+    for entry in found:
+        handler("pythonic")._pre_query_processing_prompting(entry)
+    return found
+
+
 def leaderboard(scores: dict[str, tuple[float, int]], folder: Path) -> dict[str, Sequence[str]]:
     """The files that the leaderboard is made of, by name: header -> its value of this model."""
     helper = module("eval_checker.eval_runner_helper")
-    paths = _fakes()["bfcl_eval.constants.eval_config"]
-    vars(module("utils")).update(paths, LOCK_DIR=folder)  # the package's door imports it with less
+    _with_paths(folder)
     table = {MODEL: {c: {"accuracy": a, "total_count": n} for c, (a, n) in scores.items()}}
     helper.generate_leaderboard_csv(table, folder)
     found = {}

@@ -18,15 +18,15 @@ from tests.support.rollouts import TOKENIZER
 
 
 @lru_cache
-def suite() -> Suite:
+def suite(name: str = "bfcl") -> Suite:
     """BFCL's, opened once."""
-    return open_suite("bfcl")
+    return open_suite(name)
 
 
 @lru_cache
-def tasks(category: str) -> tuple[Task, ...]:
+def tasks(category: str, name: str = "bfcl") -> tuple[Task, ...]:
     """Of one category."""
-    return tuple(suite().tasks([category]))
+    return tuple(suite(name).tasks([category]))
 
 
 def gold_turns(task: Task) -> list[list[Any]]:
@@ -108,11 +108,11 @@ def _spoilt(turns: Any, at: int, chance: Random) -> Iterator[tuple[str, list[lis
 RUNTIME = ToolRuntime(EnvironmentConfig(result_tokens=1_000_000), TOKENIZER)
 
 
-def played(task: Task, replies: Sequence[Sequence[str]]) -> dict[str, Any]:
+def played(task: Task, replies: Sequence[Sequence[str]], dialect: str = "hermes") -> dict[str, Any]:
     """The environment's verdict on these replies, led as the collector leads an episode."""
     tools = RUNTIME.open(task.prompt)
     for text in (text for turn in replies for text in turn):
-        read = parse(text.encode(), "hermes")
+        read = parse(text.encode(), dialect)
         if tools.takes(read):
             tools.answer(read)
             if tools.over:

@@ -17,8 +17,8 @@ import pytest
 from rest_mega.config import ConfigError
 from rest_mega.data.bfcl_rows import MORE_FUNCTIONS, bfcl_prompt, bfcl_rows
 from rest_mega.environments import ToolError, make_environment
-from rest_mega.environments.bfcl import function_specs, gold_call
-from rest_mega.environments.bfcl_package import BACKENDS, package_data
+from rest_mega.environments.bfcl import gold_call
+from rest_mega.environments.bfcl_package import BACKENDS, function_specs, package_data
 from rest_mega.environments.schema import check_parameters, mismatch
 from rest_mega.records import Prompt, ToolCall, Trajectory
 from rest_mega.rollout.engine import Sampling

@@ -7,12 +7,14 @@ import json
 from collections import Counter
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
 from rest_mega.config import ConfigError
 from rest_mega.data.bfcl_rows import scenario, split
 from rest_mega.dialects import parse
+from rest_mega.environments import make_environment
 from rest_mega.records import ToolCall, Turn
 
 pytest.importorskip("bfcl_eval", reason="bfcl-eval is not installed: make bfcl")
@@ -21,7 +23,8 @@ from rest_mega.evaluation.bfcl_scores import CATEGORIES, MULTI_TURN, scores
 from rest_mega.evaluation.bfcl_suite import Bfcl
 from rest_mega.evaluation.suite import Played, Result, Row
 from tests.support import bfcl_official as official
-from tests.support.bfcl_traces import played, suite, tasks, traces
+from tests.support.bfcl_replies import Call, written
+from tests.support.bfcl_traces import gold_turns, played, suite, tasks, traces
 
 # ------------------------------------------------------------------ tasks
 
@@ -50,6 +53,40 @@ def test_functions_are_shown_as_the_official_runner_shows_them() -> None:
             assert shown == tools.convert_to_tool(entry["function"], mapping, style)
     java = tasks("simple_java")[0].prompt.tools[0]["function"]
     assert {p["type"] for p in java["parameters"]["properties"].values()} == {"string"}
+
+
+@pytest.mark.parametrize("category", ["simple_java", "live_simple", "multi_turn_miss_func"])
+def test_bfcl_s_own_prompt_is_the_official_one(category: str, tmp_path: Path) -> None:
+    texts = official.module("constants.default_prompts")
+    more = texts.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_PROMPTING
+    found = tasks(category, "bfcl-prompt")
+    assert suite("bfcl-prompt").dialect == "pythonic"
+    for task, entry in zip(found, official.prompts(category, tmp_path), strict=True):
+        assert list(task.prompt.messages) == entry["question"][0], task.prompt.id
+        assert task.prompt.tools == ()
+        for number, documents in entry.get("missed_function", {}).items():
+            world = make_environment("bfcl", task.prompt.task)
+            assert list(world.specs) == []
+            said = [world.next_user("No.") for _ in range(int(number))][-1]
+            assert said == more.format(functions=documents)
+
+
+def _pairs(calls: list[Any]) -> list[Call]:
+    return [(call["name"], call["arguments"]) for call in calls]
+
+
+@pytest.mark.parametrize("category", MULTI_TURN)
+def test_episodes_without_tool_use_get_the_official_verdict(category: str) -> None:
+    for task in tasks(category, "bfcl-prompt")[::50]:
+        for less in (0, 1):
+            kept = [calls[: len(calls) - less] for calls in gold_turns(task)]
+            lists = [written(_pairs(calls), "pythonic", category) for calls in kept]
+            replies = [[text] * (text != "[]") + ["Done."] for text in lists]
+            reader = official.handler("pythonic")
+            theirs = official.judge(category, task.prompt.id, replies, reader)
+            ours = played(task, replies, "pythonic")
+            assert (ours["success"], ours["kind"]) == (theirs["valid"], official.kind(theirs))
+            assert ours["success"] == (not less)
 
 
 def test_a_bad_file_is_an_error_with_its_line(tmp_path: Path) -> None:
