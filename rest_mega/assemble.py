@@ -30,6 +30,7 @@ from rest_mega.stop import Stop
 from rest_mega.sync.export import Exporter
 from rest_mega.sync.load import Source, load, open_source
 from rest_mega.telemetry import sinks
+from rest_mega.telemetry.profiler import Profiler
 from rest_mega.telemetry.reporter import Reporter
 from rest_mega.telemetry.timeline import Timeline, kept
 from rest_mega.trainer import checkpoint, device, parallel
@@ -267,7 +268,9 @@ def _open(
     collector = _collector(config, inputs, engine, stop) if engine is not None else None
     bank = _together(place, lambda: _bank(config, place) if leads and verb == "train" else None)
     carried = [json.loads(line) for line in read_episodes(found)] if bank and found else []
-    timeline = _timeline(config, place, resumed.get("step")) if trains else None
+    timeline, profiler = _watching(config, place, resumed.get("step")) if trains else (None, None)
+    if config.profile.steps and profiler is not None:
+        trainer.time_pieces(profiler)
     reporter = _together(
         place,
         lambda: Reporter(
@@ -279,6 +282,7 @@ def _open(
             region_names=[region.name for region in Region],
             config_tree=config.to_dict(),
             timeline=timeline,
+            profiler=profiler,
         ),
     )
     if directory is not None and directory.unlocked:
@@ -309,20 +313,33 @@ def _open(
     )
 
 
-def _timeline(config: RunConfig, place: parallel.Parallel, step: int | None) -> Timeline | None:
-    """This rank's, where it keeps one. Collective."""
-    offset = place.clock_offset()
-    if not kept(place.rank, place.world_size, config.telemetry.timelines):
-        return None
+def _watching(
+    config: RunConfig, place: parallel.Parallel, step: int | None
+) -> tuple[Timeline | None, Profiler]:
+    """This rank's timeline, where it keeps one, and its profiler. Collective."""
+    offset, run_dir = place.clock_offset(), Path(config.run.dir)
     where = f"DP {place.data_rank} PP {place.pipeline_rank} CP {place.context_rank} "
-    return Timeline(
-        Path(config.run.dir),
+    where += f"TP {place.tensor_rank}"
+    profiler = Profiler(
+        run_dir,
+        config.profile,
         place.rank,
-        where + f"TP {place.tensor_rank}",
+        where,
+        step=step or 0,
+        clock_offset=offset,
+        on_gpu=place.device.type == "cuda",
+    )
+    if not kept(place.rank, place.world_size, config.telemetry.timelines):
+        return None, profiler
+    timeline = Timeline(
+        run_dir,
+        place.rank,
+        where,
         waits=place.take_waits,
         clock_offset=offset,
         resume_step=step,
     )
+    return timeline, profiler
 
 
 def _trainer(

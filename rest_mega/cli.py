@@ -221,6 +221,9 @@ def overrides(words: list[str]) -> list[tuple[str, Any]]:
 
 def _megatron(word: str, words: list[str]) -> tuple[str, Any]:
     name, has_value, text = word.partition("=")
+    if name == "--profile" and (text or words):
+        key, has_value, window = (text or words.pop(0)).partition("=")
+        return f"profile.{key}", _value(f"profile.{key}", window if has_value else "")
     if name == "--bf16":
         return "model.dtype", "bf16"
     if name in NO_COUNTERPART:

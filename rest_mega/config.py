@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -967,6 +968,33 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Traces of a few steps, in RUN/profile."""
+
+    steps: str = ""
+    """FIRST-LAST, for example 5-7: steps that are profiled, on every rank; empty: none."""
+    phases: tuple[str, ...] = ("score", "train")
+    """Phases of which torch writes a trace of its own, among rollout, score, train, publish,
+    evaluate and save. The timeline of the pipeline has all of them."""
+
+    def __post_init__(self) -> None:
+        known = ("rollout", "score", "train", "publish", "evaluate", "save")
+        for name in self.phases:
+            one_of("profile.phases", name, known)
+        match = re.fullmatch(r"(\d+)-(\d+)", self.steps)
+        require(
+            not self.steps or (match is not None and 1 <= int(match[1]) <= int(match[2])),
+            f"profile.steps={self.steps!r} is no window of steps: write FIRST-LAST, from 1, "
+            "for example 5-7",
+        )
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """(first, last) of the profiled steps; empty for none."""
+        return tuple(map(int, self.steps.split("-"))) if self.steps else ()
+
+
+@dataclass(frozen=True)
 class LoopConfig:
     """The run itself."""
 
@@ -1077,6 +1105,7 @@ class RunConfig:
     sft: SftConfig = field(default_factory=SftConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from rest_mega.config import TelemetryConfig
 from rest_mega.telemetry import sinks
 from rest_mega.telemetry.console import open_console
+from rest_mega.telemetry.profiler import Profiler
 from rest_mega.telemetry.rows import METRICS, RUN, TRAJECTORIES, drop_after
 from rest_mega.telemetry.timeline import Timeline
 
@@ -31,11 +32,13 @@ class Reporter:
         region_names: Sequence[str] = (),
         config_tree: Mapping[str, Any] | None = None,
         timeline: Timeline | None = None,
+        profiler: Profiler | None = None,
     ) -> None:
         """`resume_step`: the step that a checkpoint resumed from; what was reported after it is
-        dropped. `timeline`: of this rank, where it keeps one. ConfigError where a tracker cannot be
+        dropped. `timeline`, `profiler`: of this rank. ConfigError where a tracker cannot be
         reached."""
         self._timeline, self._last_step = timeline, resume_step or 0
+        self._profiler = profiler
         self._seconds: dict[str, float] = {}
         self._sinks: dict[str, sinks.Sink] = {}
         self._started = time.perf_counter()
@@ -59,6 +62,12 @@ class Reporter:
     def phase(self, name: str) -> Iterator[None]:
         """Time what happens inside; the seconds become `time/<name>` of the next reported step."""
         self._tell(lambda sink: sink.phase(name))
+        watched = self._profiler.phase(name) if self._profiler else contextlib.nullcontext()
+        with watched, self._timed(name):
+            yield
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         if self._timeline is not None:
             self._timeline.begin()
         begin, start = time.time(), time.perf_counter()
@@ -82,6 +91,8 @@ class Reporter:
         self._last_step = step
         if self._timeline is not None:
             self._timeline.flush(step)
+        if self._profiler is not None:
+            self._profiler.reached(step)
         row = dict(metrics) | {f"time/{name}": value for name, value in seconds.items()}
         if "tokens/trained" in row and seconds:
             row["tokens/s"] = row["tokens/trained"] / max(sum(seconds.values()), 1e-9)
