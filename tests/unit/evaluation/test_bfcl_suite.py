@@ -17,6 +17,8 @@ from rest_mega.dialects import parse
 from rest_mega.environments import make_environment
 from rest_mega.records import ToolCall, Turn
 
+# BFCL's executor evaluates replies as Python, odd ones too.
+pytestmark = pytest.mark.filterwarnings("ignore::SyntaxWarning")
 pytest.importorskip("bfcl_eval", reason="bfcl-eval is not installed: make bfcl")
 
 from rest_mega.evaluation.bfcl_scores import CATEGORIES, MULTI_TURN, scores
