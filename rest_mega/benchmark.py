@@ -4,6 +4,7 @@ endpoint."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +12,17 @@ from typing import Any
 
 from rest_mega import launch
 from rest_mega.cli import lay_over, overrides, read_yaml
-from rest_mega.config import ConfigError, RunConfig, require
+from rest_mega.config import RunConfig, require
 from rest_mega.data.rows import digest
-from rest_mega.evaluation.play import Benchmark, rollout_of, settings_of
-from rest_mega.evaluation.results import check_settings
+from rest_mega.evaluation.benchmark import progress, write_report
+from rest_mega.evaluation.play import (
+    Benchmark,
+    judge_of,
+    open_benchmarks,
+    rollout_of,
+    settings_of,
+)
+from rest_mega.evaluation.results import Results, check_settings, read_samples
 from rest_mega.run_directory import RunDirectory
 
 MOST_TOKENS, NEW_TOKENS = 8192, 1024
@@ -206,7 +214,44 @@ def _weights(config: RunConfig) -> str:
 
 
 def _endpoint(config: RunConfig, given: argparse.Namespace) -> int:
-    raise ConfigError("endpoints")
+    """Evaluate an endpoint; 1 where samples were lost: the same command draws them."""
+    from rest_mega.environments import ToolRuntime, load_modules
+    from rest_mega.evaluation import chat_play
+
+    require(launch.world_size() == 1, "an endpoint is evaluated by one process, without torchrun")
+    load_modules(config.environment.modules)
+    (benchmark,) = open_benchmarks(config.evaluation)
+    evaluation = chat_play.resolve(config.evaluation)
+    out, limits = Path(config.run.dir), rollout_of(benchmark.suite, evaluation, config.rollout)
+    config = dataclasses.replace(config, evaluation=evaluation)
+    settings = settings_of(config, benchmark, "", evaluation.endpoint.model)
+    directory = RunDirectory(out, fresh=given.fresh)
+    runtime = ToolRuntime(config.environment, chat_play.FourBytes())
+    try:
+        results = Results(out, settings)
+        todo = [(t, n) for t, n in benchmark.pairs if (t.prompt.id, n) not in results.done]
+        total = len(benchmark.pairs)
+        with progress(benchmark, total, total - len(todo), show=True) as tick:
+            player = chat_play.ChatPlayer(
+                evaluation,
+                benchmark.suite.dialect or config.tokenizer.dialect,
+                chat_play.Limits(limits.max_turns, limits.max_new_tokens),
+                runtime,
+                judge_of(benchmark.suite, results, tick),
+            )
+            player.play(todo)
+        if read_samples(out):
+            write_report(benchmark, out)
+            _tell(out)
+    finally:
+        runtime.close()
+        directory.release()
+    if player.lost:
+        sys.stderr.write(
+            f"rest-mega: {len(player.lost)} of {total} samples are not done (first: "
+            f"{player.lost[0]}); the same command goes on with them\n"
+        )
+    return int(bool(player.lost))
 
 
 def _tell(out: Path) -> None:

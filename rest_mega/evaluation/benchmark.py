@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rest_mega.config import EvaluationConfig, RolloutConfig
 from rest_mega.evaluation.failures import write_failures
@@ -23,7 +23,9 @@ from rest_mega.evaluation.results import (
     results_of,
 )
 from rest_mega.rollout.collect import Collector
-from rest_mega.trainer.parallel import Parallel
+
+if TYPE_CHECKING:  # torch and megatron are not needed where an endpoint is evaluated
+    from rest_mega.trainer.parallel import Parallel
 
 
 def evaluate_benchmark(
