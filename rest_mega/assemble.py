@@ -29,6 +29,7 @@ from rest_mega.session import Inputs, Session
 from rest_mega.stop import Stop
 from rest_mega.sync.export import Exporter
 from rest_mega.sync.load import Source, load, open_source
+from rest_mega.telemetry import sinks
 from rest_mega.telemetry.reporter import Reporter
 from rest_mega.telemetry.timeline import Timeline, kept
 from rest_mega.trainer import checkpoint, device, parallel
@@ -73,6 +74,7 @@ def read_inputs(config: RunConfig, verb: str, *, benchmarks_alone: bool = False)
         bool(config.model.path), "model.path is empty; point it at a Hugging Face checkpoint folder"
     )
     one_of("tokenizer.dialect", config.tokenizer.dialect, DIALECTS)
+    sinks.check(config.telemetry)
     load_modules(config.environment.modules)
     architecture = read_architecture(config.model.path)
     architecture.check(config.parallel)
@@ -265,15 +267,19 @@ def _open(
     collector = _collector(config, inputs, engine, stop) if engine is not None else None
     bank = _together(place, lambda: _bank(config, place) if leads and verb == "train" else None)
     carried = [json.loads(line) for line in read_episodes(found)] if bank and found else []
-    reporter = Reporter(
-        run_dir,
-        config.telemetry,
-        total_steps=config.run.last_step,
-        active=place.is_head and trains,
-        resume_step=resumed.get("step"),
-        region_names=[region.name for region in Region],
-        config_tree=config.to_dict(),
-        timeline=_timeline(config, place, resumed.get("step")) if trains else None,
+    timeline = _timeline(config, place, resumed.get("step")) if trains else None
+    reporter = _together(
+        place,
+        lambda: Reporter(
+            run_dir,
+            config.telemetry,
+            total_steps=config.run.last_step,
+            active=place.is_head and trains,
+            resume_step=resumed.get("step"),
+            region_names=[region.name for region in Region],
+            config_tree=config.to_dict(),
+            timeline=timeline,
+        ),
     )
     if directory is not None and directory.unlocked:
         reporter.event("unlocked", f"{run_dir} cannot be locked: {directory.unlocked}")

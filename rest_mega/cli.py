@@ -30,6 +30,7 @@ OWN_WORDS = {
         "rest_mega.replay",
         "a step of a run once more, from its kept episodes: RUN --step N",
     ),
+    "tail": ("rest_mega.tail", "what a run says, as it says it: RUN"),
     "report": ("rest_mega.telemetry.report", "a page of runs, side by side: RUN [RUN ...]"),
 }
 """Verbs without a config: their module's `main` reads what follows."""
@@ -75,7 +76,7 @@ verbs:
 {verbs}
 
 Relative paths are relative to the current directory. `rest-mega keys` lists every config key,
-`rest-mega convert --help` (and eval, compare, replay, report) what follows that verb.
+`rest-mega convert --help` (and eval, compare, replay, report, tail) what follows that verb.
 """
 
 

@@ -943,6 +943,16 @@ class TelemetryConfig:
 
     tensorboard: bool = True
     """Write TensorBoard event files into the run directory."""
+    wandb: str = ""
+    """Weights & Biases: offline (files in RUN/wandb, for `wandb sync`) or online; empty: none.
+    Needs the extra `tracking`."""
+    mlflow: str = ""
+    """MLflow: a folder, or the URL of a tracking server; empty: none. Needs the extra
+    `tracking`."""
+    project: str = "rest_mega"
+    """Project in W&B, experiment in MLflow."""
+    name: str = ""
+    """The run's name in both; empty: that of the run directory."""
     trajectories: int = 16
     """Trajectories kept per step for the report."""
     timelines: int = 64
@@ -954,6 +964,7 @@ class TelemetryConfig:
     """bar: a live progress bar; plain: a line per step; auto: bar on a terminal."""
 
     def __post_init__(self) -> None:
+        one_of("telemetry.wandb", self.wandb, ("", "offline", "online"))
         one_of("telemetry.console", self.console, ("auto", "bar", "plain"))
         for name in ("trajectories", "timelines"):
             value = getattr(self, name)
