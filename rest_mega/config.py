@@ -902,6 +902,9 @@ class EvaluationConfig:
     """Benchmark -> where its data is, for those that bring none."""
     limit: int = 0
     """Tasks of each category of a benchmark, drawn by `seed`; 0: all."""
+    side: str = "all"
+    """all, or test: leave out the benchmark entries that may be trained on (half of BFCL's
+    multi-turn scenarios; see `split` in rest_mega/data/bfcl_rows.py)."""
     samples: int = 1
     """Replies to each task of a benchmark; pass@k needs k of them."""
     seed: int = 0
@@ -928,6 +931,7 @@ class EvaluationConfig:
         for name in ("prompts", "samples"):
             value = getattr(self, name)
             require(value >= 1, f"evaluation.{name}={value} must be at least 1")
+        one_of("evaluation.side", self.side, ("all", "test"))
         require(0 < self.top_p <= 1, f"evaluation.top_p={self.top_p} must be in (0, 1]")
         require(0 <= self.seed < 2**31, f"evaluation.seed={self.seed} must be in [0, 2^31)")
         require(
