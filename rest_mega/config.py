@@ -851,20 +851,93 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
+class EndpointConfig:
+    """An OpenAI-compatible server that is evaluated in the place of a model of ours."""
+
+    url: str = ""
+    """Address up to where /chat/completions begins, such as http://host:8000/v1."""
+    model: str = ""
+    """The model's name there; empty: the only one that it serves."""
+    key_variable: str = "OPENAI_API_KEY"
+    """The environment variable that holds the API key; without that variable none is sent."""
+    mode: str = "tools"
+    """tools: tools and calls travel in the API's own fields; text: tools stand in the system
+    message, and calls are read from the reply's text by tokenizer.dialect."""
+    in_flight: int = 16
+    """Episodes under way at a time."""
+    request_timeout_s: float = 600.0
+    """Deadline of one request."""
+    retries: int = 5
+    """Further tries of a request that the server has certainly not begun (busy, not reachable)."""
+
+    def __post_init__(self) -> None:
+        require(
+            not self.url or self.url.startswith(("http://", "https://")),
+            f"evaluation.endpoint.url={self.url!r} must begin with http:// or https://",
+        )
+        one_of("evaluation.endpoint.mode", self.mode, ("tools", "text"))
+        require(self.in_flight >= 1, f"evaluation.endpoint.in_flight={self.in_flight} must be >= 1")
+        require(self.retries >= 0, f"evaluation.endpoint.retries={self.retries} must not be < 0")
+        require(
+            self.request_timeout_s > 0,
+            f"evaluation.endpoint.request_timeout_s={self.request_timeout_s} must be positive",
+        )
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out success, before, during and after training."""
+    """Held-out success and benchmarks, before, during and after training."""
 
     every: int = 0
     """Evaluate every this many steps besides the first and the last; 0: only those two."""
     prompts: int = 128
     """Held-out prompts used, from the start of the file."""
     greedy: bool = True
-    """Also evaluate with greedy decoding (one sample at temperature rollout.temperature always
-    is)."""
+    """Also evaluate held-out prompts with greedy decoding (one sample at temperature
+    rollout.temperature always is)."""
+    suites: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Benchmarks (api-bank, bfcl) -> their categories, [] for all: suites={api-bank: []}."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """Benchmark -> where its data is, for those that bring none."""
+    limit: int = 0
+    """Tasks of each category of a benchmark, drawn by `seed`; 0: all."""
+    side: str = "all"
+    """all, or test: leave out the benchmark entries that may be trained on (half of BFCL's
+    multi-turn scenarios; see `split` in rest_mega/data/bfcl_rows.py)."""
+    samples: int = 1
+    """Replies to each task of a benchmark; pass@k needs k of them."""
+    seed: int = 0
+    """Of the tasks and the replies drawn; not run.seed, so that all runs are asked the same."""
+    temperature: float = 0.0
+    """Of benchmarks; 0: greedy."""
+    top_p: float = 1.0
+    """Of benchmarks: nucleus sampling."""
+    max_new_tokens: int = 0
+    """Tokens of a turn in benchmarks at most; 0: rollout.max_new_tokens."""
+    max_tokens: int = 0
+    """Tokens of an episode of a benchmark at most, its prompt included; 0: rollout.max_tokens. A
+    prompt that leaves no room to reply counts as a wrong answer."""
+    best: str = ""
+    """A metric such as api-bank/overall or greedy_success: whenever an evaluation reaches a new
+    best of it, the weights are written to RUN/best; empty: they are not."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """Of `rest-mega eval` alone."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"evaluation.every={self.every} must not be negative")
-        require(self.prompts >= 1, f"evaluation.prompts={self.prompts} must be at least 1")
+        for name in ("every", "limit", "max_new_tokens", "max_tokens", "temperature"):
+            value = getattr(self, name)
+            require(value >= 0, f"evaluation.{name}={value} must not be negative")
+        for name in ("prompts", "samples"):
+            value = getattr(self, name)
+            require(value >= 1, f"evaluation.{name}={value} must be at least 1")
+        one_of("evaluation.side", self.side, ("all", "test"))
+        require(0 < self.top_p <= 1, f"evaluation.top_p={self.top_p} must be in (0, 1]")
+        require(0 <= self.seed < 2**31, f"evaluation.seed={self.seed} must be in [0, 2^31)")
+        require(
+            self.samples == 1 or self.temperature > 0,
+            f"evaluation.samples={self.samples} greedy replies would all be the same: set "
+            "evaluation.temperature above 0, or evaluation.samples=1",
+        )
 
 
 @dataclass(frozen=True)
@@ -873,6 +946,16 @@ class TelemetryConfig:
 
     tensorboard: bool = True
     """Write TensorBoard event files into the run directory."""
+    wandb: str = ""
+    """Weights & Biases: offline (files in RUN/wandb, for `wandb sync`) or online; empty: none.
+    Needs the extra `tracking`."""
+    mlflow: str = ""
+    """MLflow: a folder, or the URL of a tracking server; empty: none. Needs the extra
+    `tracking`."""
+    project: str = "rest_mega"
+    """Project in W&B, experiment in MLflow."""
+    name: str = ""
+    """The run's name in both; empty: that of the run directory."""
     trajectories: int = 16
     """Trajectories kept per step for the report."""
     timelines: int = 64
@@ -884,6 +967,7 @@ class TelemetryConfig:
     """bar: a live progress bar; plain: a line per step; auto: bar on a terminal."""
 
     def __post_init__(self) -> None:
+        one_of("telemetry.wandb", self.wandb, ("", "offline", "online"))
         one_of("telemetry.console", self.console, ("auto", "bar", "plain"))
         for name in ("trajectories", "timelines"):
             value = getattr(self, name)

@@ -61,6 +61,12 @@ def split(entry_id: str) -> str:
     return "train" if name != entry_id and digest[0] < 128 else "test"
 
 
+def training_side(entry_id: str) -> str:
+    """`split` of an entry of several turns; empty for all others, whose questions may be anyone's
+    in BFCL's form."""
+    return split(entry_id) if scenario(entry_id) != entry_id else ""
+
+
 def bfcl_rows(path: Path) -> Iterator[Row]:
     """Rows of a file of questions (lines of JSON, whatever its suffix), each with the
     `ground_truth` of its id from the folder `possible_answer` beside it, where there is one.

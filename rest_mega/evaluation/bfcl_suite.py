@@ -1,7 +1,9 @@
 """BFCL as a suite: its entries as tasks, its checkers as judge, its leaderboard's scores.
 
-Functions are shown as BFCL's runner shows them to models with tool use: types of JSON schema, hints
-at the language, in Java and JavaScript every argument as a string. Names keep their dots.
+Functions are shown as BFCL's runner shows them: to models with tool use (`bfcl`, the leaderboard's
+"FC") as specs that the chat template writes, to others (`bfcl-prompt`, its "Prompt") in a system
+prompt of its own that asks for Python calls. The language is hinted at, in Java and JavaScript
+every argument is a string. Names keep their dots.
 """
 
 from __future__ import annotations
@@ -16,8 +18,14 @@ from rest_mega.config import one_of, require
 from rest_mega.data.bfcl_rows import bfcl_prompt, bfcl_rows, scenario
 from rest_mega.data.prompts import messages_of
 from rest_mega.data.rows import RowError, expect
-from rest_mega.environments.bfcl_package import VERSION, package_data, tool_specs
-from rest_mega.evaluation.bfcl_decode import Calls
+from rest_mega.environments.bfcl_decode import Calls
+from rest_mega.environments.bfcl_package import (
+    VERSION,
+    function_documents,
+    package_data,
+    prompted,
+    tool_specs,
+)
 from rest_mega.evaluation.bfcl_judge import (
     Judged,
     judge_calls,
@@ -85,6 +93,31 @@ class Bfcl:
             by_category[result.task.category].append(result)
         rows = [share(name, found) for name, found in by_category.items() if found]
         return [*rows, *scores(rows)]
+
+
+class BfclPrompt(Bfcl):
+    """The same entries and judge for models without tool use: BFCL's own prompt shows the functions
+    and asks for Python calls."""
+
+    name = "bfcl-prompt"
+    dialect = "pythonic"
+
+    def _tasks(self, category: str) -> list[Task]:
+        return [_prompted(task) for task in super()._tasks(category)]
+
+
+def _prompted(task: Task) -> Task:
+    """With the functions in the messages instead of beside them."""
+    prompt = task.prompt
+    if task.gold is None:
+        later = {name for turn in prompt.task["turns"] for name in turn["offers"]}
+        every = (one for kind in prompt.task["classes"] for one in function_documents(kind))
+        documents = [one for one in every if one["name"] not in later]
+    else:
+        documents = task.gold["function"]
+    messages = prompted(prompt.messages, documents, task.category)
+    world = {**prompt.task, "prompted": True} if task.gold is None else {}
+    return replace(task, prompt=replace(prompt, messages=tuple(messages), tools=(), task=world))
 
 
 def _single_turn(category: str, place: str, row: Mapping[str, Any]) -> Task:

@@ -126,6 +126,7 @@ SUITES: Mapping[str, str] = MappingProxyType(
     {
         "api-bank": "rest_mega.evaluation.api_bank:ApiBank",
         "bfcl": "rest_mega.evaluation.bfcl_suite:Bfcl",
+        "bfcl-prompt": "rest_mega.evaluation.bfcl_suite:BfclPrompt",
     }
 )
 """Name -> "module:factory"; the factory takes the path of the data (empty: the suite's own)."""

@@ -13,7 +13,7 @@ import importlib
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -122,8 +122,9 @@ def handler(dialect: str) -> Any:
 
 def judge(category: str, entry_id: str, result: Any, reader: Any) -> dict[str, Any]:
     """{"valid", "error_type"?, ...} of a model's raw result: a reply, or the replies of each turn.
-    `reader` decodes as a handler does."""
+    `reader` is the handler that takes and decodes them."""
     runner = module("eval_checker.eval_runner")
+    result = _taken(result, reader)
     entry, truth = copy.deepcopy(entries(category)[entry_id])
     if category.startswith("multi_turn"):
         _forget_objects()
@@ -149,6 +150,21 @@ def judge(category: str, entry_id: str, result: Any, reader: Any) -> dict[str, A
     )
 
 
+def _taken(result: Any, reader: Any) -> Any:
+    """What the handler keeps of raw replies, as they come from a server."""
+    if isinstance(result, list):
+        return [_taken(one, reader) for one in result]
+    usage = SimpleNamespace(prompt_tokens=1, completion_tokens=1)
+    response = SimpleNamespace(choices=[SimpleNamespace(text=result)], usage=usage)
+    return reader._parse_query_response_prompting(response)["model_responses"]
+
+
+def kind(verdict: Mapping[str, Any]) -> str:
+    """The type of the error in a verdict of `judge`; empty where there is none."""
+    error = verdict.get("error")
+    return str(error["error_type"]) if isinstance(error, dict) else verdict.get("error_type", "")
+
+
 def _forget_objects() -> None:
     """The executor keeps the objects of every entry, under the names of model and entry."""
     kept = vars(module("eval_checker.multi_turn_eval.multi_turn_utils"))
@@ -156,11 +172,26 @@ def _forget_objects() -> None:
         del kept[name]
 
 
+def _with_paths(locks: Path) -> Any:
+    """`utils` with the paths that the package's door leaves out."""
+    utils = module("utils")
+    vars(utils).update(_fakes()["bfcl_eval.constants.eval_config"], LOCK_DIR=locks)
+    return utils
+
+
+def prompts(category: str, locks: Path) -> list[dict[str, Any]]:
+    """Entries as the runner gives them to a handler, with the functions in their first message as
+    it tells them to models without tool use."""
+    found = _with_paths(locks).load_dataset_entry(category)
+    for entry in found:
+        handler("pythonic")._pre_query_processing_prompting(entry)
+    return found
+
+
 def leaderboard(scores: dict[str, tuple[float, int]], folder: Path) -> dict[str, Sequence[str]]:
     """The files that the leaderboard is made of, by name: header -> its value of this model."""
     helper = module("eval_checker.eval_runner_helper")
-    paths = _fakes()["bfcl_eval.constants.eval_config"]
-    vars(module("utils")).update(paths, LOCK_DIR=folder)  # the package's door imports it with less
+    _with_paths(folder)
     table = {MODEL: {c: {"accuracy": a, "total_count": n} for c, (a, n) in scores.items()}}
     helper.generate_leaderboard_csv(table, folder)
     found = {}

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from rest_mega import config as module
-from rest_mega.config import ConfigError, ParallelConfig, RunConfig, SglangConfig, known_keys
+from rest_mega.config import (
+    ConfigError,
+    EndpointConfig,
+    ParallelConfig,
+    RunConfig,
+    SglangConfig,
+    known_keys,
+)
 
 SECTIONS = typing.get_type_hints(RunConfig)
 
@@ -395,17 +402,19 @@ def documented(path: Path) -> dict[str, set[str]]:
 
 def test_every_field_is_documented_under_it() -> None:
     texts = documented(Path(module.__file__))
-    for name, kind in [*SECTIONS.items(), ("rollout.sglang", SglangConfig)]:
+    nested = [("rollout.sglang", SglangConfig), ("evaluation.endpoint", EndpointConfig)]
+    for name, kind in [*SECTIONS.items(), *nested]:
         assert {f.name for f in dataclasses.fields(kind)} == texts[kind.__name__], name
 
 
 def test_the_known_keys_are_the_leaves_of_the_tree() -> None:
     tree = RunConfig().to_dict()
-    sglang = [f"rollout.sglang.{key}" for key in tree["rollout"]["sglang"]]
-    sections = [f"{section}.{key}" for section in tree for key in tree[section]]
-    assert known_keys() == [
-        key for whole in sections for key in (sglang if whole == "rollout.sglang" else [whole])
-    ]
+    nested = {"rollout.sglang": tree["rollout"]["sglang"]}
+    nested["evaluation.endpoint"] = tree["evaluation"]["endpoint"]
+    leaves = []
+    for whole in (f"{section}.{key}" for section in tree for key in tree[section]):
+        leaves += [f"{whole}.{key}" for key in nested[whole]] if whole in nested else [whole]
+    assert known_keys() == leaves
 
 
 # ------------------------------------------------------------------ SGLang's own arguments

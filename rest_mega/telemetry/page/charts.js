@@ -11,6 +11,7 @@ const CHARTS = [
   ["Outcome", [
     ["Held-out success", success, plain], ["Held-out success by kind, sampled", has("eval/sampled_success/"), region],
     ["Held-out success by kind, greedy", has("eval/greedy_success/"), region],
+    ["Benchmarks", name => /^eval\/(api-bank|bfcl)\//.test(name), name => name.replace(/^eval\//, "")],
     ["Success while training", is("success/train")], ["Reward", has("reward/"), region]]],
   ["Regions", [
     ["Entropy (nats)", REGIONAL("entropy/"), region], ["Weight (mean one)", REGIONAL("weight/"), region],

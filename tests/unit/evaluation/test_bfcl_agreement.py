@@ -4,6 +4,8 @@ by sample: gold answers, spoilt ones, and texts that are no answers at all."""
 from __future__ import annotations
 
 import ast
+import dataclasses
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +15,11 @@ from typing import Any
 
 import pytest
 
+from rest_mega.evaluation.bfcl_judge import Judged, judge_reply
+from rest_mega.evaluation.bfcl_scores import MULTI_TURN
+from rest_mega.evaluation.suite import Played
+from rest_mega.records import Turn
+from tests.support import bfcl_official as official
 from tests.support.bfcl_replies import (
     CATEGORIES,
     DIALECTS,
@@ -26,12 +33,11 @@ from tests.support.bfcl_replies import (
     mutants,
     written,
 )
+from tests.support.bfcl_traces import played, suite, tasks
 
 pytest.importorskip("bfcl_eval", reason="bfcl-eval is not installed: make bfcl")
 
-from rest_mega.evaluation.bfcl_judge import Judged, judge_reply
-from tests.support import bfcl_official as official
-
+NO_TURN = Turn(0, 0, "", True)
 RECORDED = Path(__file__).parents[2] / "data" / "bfcl" / "replies.jsonl"
 
 
@@ -55,11 +61,32 @@ def agree(category: str, entry_id: str, dialect: str, text: str) -> Judged:
     ours, theirs = both(category, entry_id, dialect, text)
     if dialect == "llama3" and ours.calls is None and has_operators(text):
         return ours
-    expected = (theirs["valid"], theirs.get("error_type", ""))
+    expected = (theirs["valid"], official.kind(theirs))
     assert (ours.valid, ours.kind) == expected, (entry_id, dialect, text, theirs, ours)
     if "error" in theirs and ours.calls is not None and "wrong_output" not in ours.kind:
         assert ours.reason == "; ".join(map(str, theirs["error"])), entry_id
     return ours
+
+
+def test_recorded_outputs_get_the_verdict_that_was_recorded_with_them() -> None:
+    """Right and wrong ones of every category; the official pipeline still says the same."""
+    rows = [json.loads(line) for line in RECORDED.read_text("utf-8").split("\n") if line]
+    assert {(row["category"], row["valid"]) for row in rows} == {
+        (category, valid) for category in (*CATEGORIES, *MULTI_TURN) for valid in (True, False)
+    }
+    for row in rows:
+        category, dialect, expected = row["category"], row["dialect"], (row["valid"], row["kind"])
+        raw = row["turns"] if "turns" in row else row["text"]
+        theirs = official.judge(category, row["id"], raw, official.handler(dialect))
+        assert (theirs["valid"], official.kind(theirs)) == expected, row
+        (task,) = (one for one in tasks(category) if one.prompt.id == row["id"])
+        if "turns" in row:
+            episode = Played((NO_TURN,), "answered", result=played(task, raw))
+        else:
+            turn = dataclasses.replace(NO_TURN, text=raw)
+            episode = Played((turn,), "answered", dialect=dialect)
+        verdict = suite().judge(task, episode)
+        assert (verdict.valid, verdict.kind) == expected, row
 
 
 def sampled(category: str, every: int) -> Iterator[tuple[str, list[Call]]]:
