@@ -17,6 +17,7 @@ from rest_mega.data.tokenizer import load_tokenizer
 from rest_mega.dialects import DIALECTS, Region
 from rest_mega.environments import load_modules
 from rest_mega.evaluation.play import Benchmark, open_benchmarks
+from rest_mega.evaluation.split import check_split
 from rest_mega.losses import head
 from rest_mega.records import Prompt
 from rest_mega.rewards import Rubric
@@ -90,6 +91,7 @@ def read_inputs(config: RunConfig, verb: str, *, benchmarks_alone: bool = False)
     train, held_out = ([], []) if benchmarks_alone else _prompts(config, verb)
     check_prompts(train + held_out, chat, config.rollout.max_tokens, config.environment)
     benchmarks = [] if verb == "eval" and not benchmarks_alone else _benchmarks(config, chat)
+    check_split(train, held_out, benchmarks)
     rubric = Rubric(config.rewards)
     source = open_source(config.model.path, config.model.init, architecture, config.run.seed)
     reference = None

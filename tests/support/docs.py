@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from rest_mega import cli
-from rest_mega.config import RunConfig, known_keys
+from rest_mega.config import EXTENSIBLE, RunConfig, known_keys
 
 ROOT = Path(__file__).parents[2]
 COMMAND = re.compile(
@@ -158,7 +158,14 @@ def check_overrides(words: list[str], tree: dict[str, object] | None = None) -> 
             assert key in known_keys(), f"unknown config key {key}"
         else:
             cli.lay_over(tree, key, value)
-    RunConfig.from_dict(tree)
+    _check_tree(tree)
+
+
+def _check_tree(tree: dict[str, object]) -> None:
+    """A config, whose names are shipped unless it loads the example that adds some."""
+    config = RunConfig.from_dict(tree)
+    if "examples/algorithm/mine.py" not in config.environment.modules:
+        config.check_names(EXTENSIBLE)
 
 
 def _check_make(words: list[str]) -> None:
@@ -199,4 +206,4 @@ def check_yaml(block: Block) -> None:
     """A YAML block is a part of a config."""
     tree = yaml.load(block.text, Loader=cli._StrictLoader)
     assert isinstance(tree, dict), f"{block.place}: not sections of a config"
-    RunConfig.from_dict(tree)
+    _check_tree(tree)
