@@ -384,6 +384,10 @@ class SglangConfig:
     keep_copy: bool = True
     """Keep the newest weights in the run directory, for a server that has to be started again;
     without it a lost server ends the run. transport=disk always does."""
+    verify: bool = True
+    """Compare the checksums of what servers hold with those of what was sent, after every load;
+    false for servers that rearrange weights (quantization, a kernel's own layout). Experts are
+    compared on a CPU alone."""
     master_host: str = "127.0.0.1"
     """transport=distributed: where servers reach the lead."""
     in_flight: int = 512
