@@ -17,6 +17,7 @@ from rest_mega.data.tokenizer import load_tokenizer
 from rest_mega.dialects import DIALECTS, Region
 from rest_mega.environments import load_modules
 from rest_mega.evaluation.play import Benchmark, open_benchmarks
+from rest_mega.evaluation.split import check_split
 from rest_mega.losses import head
 from rest_mega.records import Prompt
 from rest_mega.rewards import Rubric
@@ -29,6 +30,8 @@ from rest_mega.session import Inputs, Session
 from rest_mega.stop import Stop
 from rest_mega.sync.export import Exporter
 from rest_mega.sync.load import Source, load, open_source
+from rest_mega.telemetry import sinks
+from rest_mega.telemetry.profiler import Profiler
 from rest_mega.telemetry.reporter import Reporter
 from rest_mega.telemetry.timeline import Timeline, kept
 from rest_mega.trainer import checkpoint, device, parallel
@@ -73,6 +76,7 @@ def read_inputs(config: RunConfig, verb: str, *, benchmarks_alone: bool = False)
         bool(config.model.path), "model.path is empty; point it at a Hugging Face checkpoint folder"
     )
     one_of("tokenizer.dialect", config.tokenizer.dialect, DIALECTS)
+    sinks.check(config.telemetry)
     load_modules(config.environment.modules)
     architecture = read_architecture(config.model.path)
     architecture.check(config.parallel)
@@ -88,6 +92,7 @@ def read_inputs(config: RunConfig, verb: str, *, benchmarks_alone: bool = False)
     train, held_out = ([], []) if benchmarks_alone else _prompts(config, verb)
     check_prompts(train + held_out, chat, config.rollout.max_tokens, config.environment)
     benchmarks = [] if verb == "eval" and not benchmarks_alone else _benchmarks(config, chat)
+    check_split(train, held_out, benchmarks)
     rubric = Rubric(config.rewards)
     source = open_source(config.model.path, config.model.init, architecture, config.run.seed)
     reference = None
@@ -265,15 +270,22 @@ def _open(
     collector = _collector(config, inputs, engine, stop) if engine is not None else None
     bank = _together(place, lambda: _bank(config, place) if leads and verb == "train" else None)
     carried = [json.loads(line) for line in read_episodes(found)] if bank and found else []
-    reporter = Reporter(
-        run_dir,
-        config.telemetry,
-        total_steps=config.run.last_step,
-        active=place.is_head and trains,
-        resume_step=resumed.get("step"),
-        region_names=[region.name for region in Region],
-        config_tree=config.to_dict(),
-        timeline=_timeline(config, place, resumed.get("step")) if trains else None,
+    timeline, profiler = _watching(config, place, resumed.get("step")) if trains else (None, None)
+    if config.profile.steps and profiler is not None:
+        trainer.time_pieces(profiler)
+    reporter = _together(
+        place,
+        lambda: Reporter(
+            run_dir,
+            config.telemetry,
+            total_steps=config.run.last_step,
+            active=place.is_head and trains,
+            resume_step=resumed.get("step"),
+            region_names=[region.name for region in Region],
+            config_tree=config.to_dict(),
+            timeline=timeline,
+            profiler=profiler,
+        ),
     )
     if directory is not None and directory.unlocked:
         reporter.event("unlocked", f"{run_dir} cannot be locked: {directory.unlocked}")
@@ -303,20 +315,33 @@ def _open(
     )
 
 
-def _timeline(config: RunConfig, place: parallel.Parallel, step: int | None) -> Timeline | None:
-    """This rank's, where it keeps one. Collective."""
-    offset = place.clock_offset()
-    if not kept(place.rank, place.world_size, config.telemetry.timelines):
-        return None
+def _watching(
+    config: RunConfig, place: parallel.Parallel, step: int | None
+) -> tuple[Timeline | None, Profiler]:
+    """This rank's timeline, where it keeps one, and its profiler. Collective."""
+    offset, run_dir = place.clock_offset(), Path(config.run.dir)
     where = f"DP {place.data_rank} PP {place.pipeline_rank} CP {place.context_rank} "
-    return Timeline(
-        Path(config.run.dir),
+    where += f"TP {place.tensor_rank}"
+    profiler = Profiler(
+        run_dir,
+        config.profile,
         place.rank,
-        where + f"TP {place.tensor_rank}",
+        where,
+        step=step or 0,
+        clock_offset=offset,
+        on_gpu=place.device.type == "cuda",
+    )
+    if not kept(place.rank, place.world_size, config.telemetry.timelines):
+        return None, profiler
+    timeline = Timeline(
+        run_dir,
+        place.rank,
+        where,
         waits=place.take_waits,
         clock_offset=offset,
         resume_step=step,
     )
+    return timeline, profiler
 
 
 def _trainer(

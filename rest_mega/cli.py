@@ -30,6 +30,7 @@ OWN_WORDS = {
         "rest_mega.replay",
         "a step of a run once more, from its kept episodes: RUN --step N",
     ),
+    "tail": ("rest_mega.tail", "what a run says, as it says it: RUN"),
     "report": ("rest_mega.telemetry.report", "a page of runs, side by side: RUN [RUN ...]"),
 }
 """Verbs without a config: their module's `main` reads what follows."""
@@ -75,7 +76,7 @@ verbs:
 {verbs}
 
 Relative paths are relative to the current directory. `rest-mega keys` lists every config key,
-`rest-mega convert --help` (and eval, compare, replay, report) what follows that verb.
+`rest-mega convert --help` (and eval, compare, replay, report, tail) what follows that verb.
 """
 
 
@@ -220,6 +221,9 @@ def overrides(words: list[str]) -> list[tuple[str, Any]]:
 
 def _megatron(word: str, words: list[str]) -> tuple[str, Any]:
     name, has_value, text = word.partition("=")
+    if name == "--profile" and (text or words):
+        key, has_value, window = (text or words.pop(0)).partition("=")
+        return f"profile.{key}", _value(f"profile.{key}", window if has_value else "")
     if name == "--bf16":
         return "model.dtype", "bf16"
     if name in NO_COUNTERPART:

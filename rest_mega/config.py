@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -383,6 +384,10 @@ class SglangConfig:
     keep_copy: bool = True
     """Keep the newest weights in the run directory, for a server that has to be started again;
     without it a lost server ends the run. transport=disk always does."""
+    verify: bool = True
+    """Compare the checksums of what servers hold with those of what was sent, after every load;
+    false for servers that rearrange weights (quantization, a kernel's own layout). Experts are
+    compared on a CPU alone."""
     master_host: str = "127.0.0.1"
     """transport=distributed: where servers reach the lead."""
     in_flight: int = 512
@@ -553,6 +558,12 @@ class RewardConfig:
 
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
+EXTENSIBLE = {
+    "credit.preset": ("rest", "rest-paper", "rest-code", "uniform"),
+    "credit.advantage": ("grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline"),
+    "loss.policy": ("ppo", "gspo", "cispo", "reinforce"),
+}
+"""Key -> the names that are shipped; files named by environment.modules may register more."""
 
 
 @dataclass(frozen=True)
@@ -560,7 +571,8 @@ class CreditConfig:
     """ResT: what each token's gradient weighs, and the advantages of a group."""
 
     preset: str = "rest"
-    """rest, rest-paper, rest-code or uniform: see rest_mega.credit.weights.PRESETS."""
+    """rest, rest-paper, rest-code or uniform: see rest_mega.credit.weights.PRESETS; or a name that
+    one of environment.modules registers."""
     tau: float | None = None
     """Tempering of the entropy rule; 0: constants, 1: the paper's Eq. 9; null: the preset's."""
     rule: str | None = None
@@ -599,7 +611,8 @@ class CreditConfig:
     """tokens=entropy-advantage: at most |advantage| / shaping_kappa is added."""
     advantage: str = "grpo"
     """grpo (mean and std of the group), dr_grpo (mean only), rloo, reinforce++ (mean and std of the
-    global batch) or reinforce++-baseline (mean of the group, std of the global batch)."""
+    global batch) or reinforce++-baseline (mean of the group, std of the global batch); or a name
+    that one of environment.modules registers."""
     equal_groups: str = "drop"
     """What becomes of groups whose rewards are all equal and so carry no signal: keep (their
     advantages are 0, their tokens count in the loss's denominator), drop, or resample (drop, and
@@ -616,9 +629,6 @@ class CreditConfig:
     """k1 (the log-ratio), k2 or k3; see rest_mega.losses.kl."""
 
     def __post_init__(self) -> None:
-        one_of("credit.preset", self.preset, ("rest", "rest-paper", "rest-code", "uniform"))
-        methods = ("grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline")
-        one_of("credit.advantage", self.advantage, methods)
         one_of("credit.equal_groups", self.equal_groups, ("keep", "drop", "resample"))
         require(
             self.resample_rounds >= 1,
@@ -675,7 +685,8 @@ class LossConfig:
 
     policy: str = "ppo"
     """ppo (clip; dual clip when dual_clip > 0), gspo (one ratio per trajectory, clipped), cispo
-    (clipped ratio without gradient, times A log pi) or reinforce."""
+    (clipped ratio without gradient, times A log pi) or reinforce; or a name that one of
+    environment.modules registers."""
     clip_low: float = 0.2
     """Ratios below 1 - clip_low are clipped. gspo's ratio is a trajectory's mean and far closer to
     1: its paper uses 3e-4 and 4e-4. cispo's paper sets no lower bound: 0.999."""
@@ -721,7 +732,6 @@ class LossConfig:
     up to the step before (in the first step none: all regions count as equally uncertain)."""
 
     def __post_init__(self) -> None:
-        one_of("loss.policy", self.policy, ("ppo", "gspo", "cispo", "reinforce"))
         one_of("loss.old_logprobs", self.old_logprobs, ("trainer", "rollout"))
         require(0 < self.clip_low < 1, f"loss.clip_low={self.clip_low} must be in (0, 1)")
         require(self.clip_high > 0, f"loss.clip_high={self.clip_high} must be positive")
@@ -897,6 +907,9 @@ class EvaluationConfig:
     """Benchmark -> where its data is, for those that bring none."""
     limit: int = 0
     """Tasks of each category of a benchmark, drawn by `seed`; 0: all."""
+    side: str = "all"
+    """all, or test: leave out the benchmark entries that may be trained on (half of BFCL's
+    multi-turn scenarios; see `split` in rest_mega/data/bfcl_rows.py)."""
     samples: int = 1
     """Replies to each task of a benchmark; pass@k needs k of them."""
     seed: int = 0
@@ -923,6 +936,7 @@ class EvaluationConfig:
         for name in ("prompts", "samples"):
             value = getattr(self, name)
             require(value >= 1, f"evaluation.{name}={value} must be at least 1")
+        one_of("evaluation.side", self.side, ("all", "test"))
         require(0 < self.top_p <= 1, f"evaluation.top_p={self.top_p} must be in (0, 1]")
         require(0 <= self.seed < 2**31, f"evaluation.seed={self.seed} must be in [0, 2^31)")
         require(
@@ -938,6 +952,16 @@ class TelemetryConfig:
 
     tensorboard: bool = True
     """Write TensorBoard event files into the run directory."""
+    wandb: str = ""
+    """Weights & Biases: offline (files in RUN/wandb, for `wandb sync`) or online; empty: none.
+    Needs the extra `tracking`."""
+    mlflow: str = ""
+    """MLflow: a folder, or the URL of a tracking server; empty: none. Needs the extra
+    `tracking`."""
+    project: str = "rest_mega"
+    """Project in W&B, experiment in MLflow."""
+    name: str = ""
+    """The run's name in both; empty: that of the run directory."""
     trajectories: int = 16
     """Trajectories kept per step for the report."""
     timelines: int = 64
@@ -949,10 +973,38 @@ class TelemetryConfig:
     """bar: a live progress bar; plain: a line per step; auto: bar on a terminal."""
 
     def __post_init__(self) -> None:
+        one_of("telemetry.wandb", self.wandb, ("", "offline", "online"))
         one_of("telemetry.console", self.console, ("auto", "bar", "plain"))
         for name in ("trajectories", "timelines"):
             value = getattr(self, name)
             require(value >= 0, f"telemetry.{name}={value} must not be negative; 0 keeps none")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Traces of a few steps, in RUN/profile."""
+
+    steps: str = ""
+    """FIRST-LAST, for example 5-7: steps that are profiled, on every rank; empty: none."""
+    phases: tuple[str, ...] = ("score", "train")
+    """Phases of which torch writes a trace of its own, among rollout, score, train, publish,
+    evaluate and save. The timeline of the pipeline has all of them."""
+
+    def __post_init__(self) -> None:
+        known = ("rollout", "score", "train", "publish", "evaluate", "save")
+        for name in self.phases:
+            one_of("profile.phases", name, known)
+        match = re.fullmatch(r"(\d+)-(\d+)", self.steps)
+        require(
+            not self.steps or (match is not None and 1 <= int(match[1]) <= int(match[2])),
+            f"profile.steps={self.steps!r} is no window of steps: write FIRST-LAST, from 1, "
+            "for example 5-7",
+        )
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """(first, last) of the profiled steps; empty for none."""
+        return tuple(map(int, self.steps.split("-"))) if self.steps else ()
 
 
 @dataclass(frozen=True)
@@ -1066,9 +1118,12 @@ class RunConfig:
     sft: SftConfig = field(default_factory=SftConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
 
     def __post_init__(self) -> None:
+        if not self.environment.modules:
+            self.check_names(EXTENSIBLE)
         require(
             self.rollout.prompts_per_step * self.rollout.samples_per_prompt
             >= self.loss.optimizer_steps,
@@ -1126,6 +1181,12 @@ class RunConfig:
     def needs_reference(self) -> bool:
         """A penalty or a metric compares the policy with the reference policy."""
         return self.loss.kl > 0 or self.credit.kl_reward > 0 or self.telemetry.reference_kl
+
+    def check_names(self, tables: Mapping[str, typing.Iterable[str]]) -> None:
+        """Raise ConfigError unless the value of each key of `tables` is one of its names."""
+        for key, names in tables.items():
+            section, name = key.split(".")
+            one_of(key, getattr(getattr(self, section), name), names)
 
     def check_world(self, world_size: int) -> None:
         """Raise ConfigError unless this config can run on `world_size` ranks."""

@@ -31,6 +31,7 @@ from rest_mega.sync.export import Exporter, save_hf
 from rest_mega.sync.load import Source
 from rest_mega.sync.names import hf_names, hf_shape
 from rest_mega.sync.publish import publish
+from rest_mega.telemetry.profiler import merge
 from rest_mega.telemetry.report import summary_line, write_report
 from rest_mega.telemetry.reporter import Reporter
 from rest_mega.trainer import device, parallel
@@ -285,7 +286,9 @@ class Session:
         self._finish_saving()
         if self.config.run.export:
             self._export(run_dir / "hf")
+        self.place.barrier()  # every rank has written what it saw
         if self.place.is_head:
+            merge(run_dir)
             write_report(run_dir)
             self.reporter.event("done", summary_line(run_dir))
         self.place.barrier()

@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
 TOP = {
     "__main__", "assemble", "benchmark", "cli", "compare", "convert", "dump", "evaluate", "guard",
     "nonfinite", "replay", "rollout_step", "run_directory", "session", "sft", "step_metrics",
-    "stop", "train", "watchdog",
+    "stop", "tail", "train", "watchdog",
 }  # fmt: skip
 """Modules that put rooms together; no room imports them."""
 UNPICKLER = "trainer/checkpoint_pickles.py"

@@ -36,6 +36,7 @@ from types import FunctionType
 from typing import Any
 
 from rest_mega.config import ConfigError, one_of, require
+from rest_mega.environments.bfcl_decode import read
 from rest_mega.environments.bfcl_package import (
     backend,
     benchmark_specs,
@@ -47,10 +48,11 @@ from rest_mega.environments.schema import Spec, spec_name
 from rest_mega.environments.tools import Conduct, ToolError, Traits
 from rest_mega.records import ToolCall
 
-BENCHMARK = Conduct(checked=False, most_steps=20)
+BENCHMARK = Conduct(checked=False, read=read, most_steps=20)
 """As BFCL's runner leads an episode (model_handler/base_handler.py, MAXIMUM_STEP_LIMIT of
-constants/default_prompts.py): calls are run as they are written, a reply that cannot be read ends
-the user's turn, and the episode ends with the 21st reply with calls to one message."""
+constants/default_prompts.py): replies are read as its handlers do, calls are run as they are
+written, a reply without any that can be read ends the user's turn, and the episode ends with the
+21st reply with calls to one message."""
 _ERROR = "Error during execution: "
 """What BFCL's executor writes before the text of an exception."""
 FORCED = "multi_turn:force_terminated"

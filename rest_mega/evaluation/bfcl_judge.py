@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rest_mega.environments.bfcl_decode import LANGUAGES, Calls, DecodeError, decode
 from rest_mega.environments.bfcl_package import official
-from rest_mega.evaluation.bfcl_decode import LANGUAGES, Calls, DecodeError, decode
 
 _NOT_RELEVANT = "Invalid syntax. Failed to decode AST when it should have."
 

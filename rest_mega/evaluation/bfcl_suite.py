@@ -18,6 +18,7 @@ from rest_mega.config import one_of, require
 from rest_mega.data.bfcl_rows import bfcl_prompt, bfcl_rows, scenario
 from rest_mega.data.prompts import messages_of
 from rest_mega.data.rows import RowError, expect
+from rest_mega.environments.bfcl_decode import Calls
 from rest_mega.environments.bfcl_package import (
     VERSION,
     function_documents,
@@ -25,7 +26,6 @@ from rest_mega.environments.bfcl_package import (
     prompted,
     tool_specs,
 )
-from rest_mega.evaluation.bfcl_decode import Calls
 from rest_mega.evaluation.bfcl_judge import (
     Judged,
     judge_calls,

@@ -15,7 +15,7 @@ import aiohttp
 import numpy as np
 
 from rest_mega.config import ConfigError, EvaluationConfig
-from rest_mega.dialects import Reply, parse
+from rest_mega.dialects import Reply
 from rest_mega.environments import EpisodeTools, ToolRuntime
 from rest_mega.evaluation.chat_client import ChatClient, ContextExceeded, EndpointLost, served_name
 from rest_mega.evaluation.suite import Played, Task
@@ -110,7 +110,7 @@ class ChatPlayer:
 
     async def _episode(self, client: ChatClient, task: Task, sample: int) -> Played:
         tools = self._runtime.open(task.prompt)
-        chat = _Chat(self._mode(task), self._dialect, task.prompt.messages)
+        chat = _Chat(self._mode(tools), self._dialect, task.prompt.messages)
         turns: list[Turn] = []
         stop, note = "", ""
         while not stop:
@@ -130,10 +130,9 @@ class ChatPlayer:
         dialect = "" if chat.mode == "tools" else self._dialect
         return Played(tuple(turns), stop, result, note=note, dialect=dialect)
 
-    def _mode(self, task: Task) -> str:
+    def _mode(self, tools: EpisodeTools) -> str:
         """Prompts without tools demand a form of text themselves."""
-        shows = bool(task.prompt.tools) or task.prompt.environment != "none"
-        return self._config.endpoint.mode if shows else "plain"
+        return self._config.endpoint.mode if tools.specs else "plain"
 
     def _body(
         self, chat: _Chat, tools: EpisodeTools, task: Task, sample: int, turn: int
@@ -156,7 +155,7 @@ class ChatPlayer:
         self, chat: _Chat, tools: EpisodeTools, message: Mapping[str, Any], reason: str
     ) -> tuple[Turn, str]:
         """The turn that a message is, and why the episode ends with it, if it does."""
-        reply, text = chat.read(message)
+        reply, text = chat.read(message, tools)
         ended = reason != "length"
         takes = ended and tools.takes(reply)
         outcomes = tools.answer(reply) if takes else ()
@@ -199,12 +198,12 @@ class _Chat:
             sent.append({"type": "function", "function": {**function, "name": name}})
         return sent
 
-    def read(self, message: Mapping[str, Any]) -> tuple[Reply, str]:
+    def read(self, message: Mapping[str, Any], tools: EpisodeTools) -> tuple[Reply, str]:
         """(reply, its text); calls that are none make it malformed."""
         content = message.get("content")
         text = content if isinstance(content, str) else ""
         if self.mode != "tools":
-            return parse(text.encode("utf-8", "replace"), self._dialect), text
+            return tools.read(text.encode("utf-8", "replace"), self._dialect), text
         listed = message.get("tool_calls") or []
         calls, problem = _calls(listed, self._names)
         empty = np.zeros(0, dtype=np.int8)

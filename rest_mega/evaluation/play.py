@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rest_mega.config import EvaluationConfig, RolloutConfig, RunConfig, one_of, require
+from rest_mega.data.bfcl_rows import split
 from rest_mega.evaluation.results import Results
 from rest_mega.evaluation.suite import Played, Suite, Task, chosen, open_suite, played_of
 from rest_mega.rollout.collect import Collector, PromptTooLongError
@@ -43,7 +44,10 @@ def open_benchmarks(config: EvaluationConfig) -> list[Benchmark]:
 
 def _open(name: str, categories: Sequence[str], config: EvaluationConfig) -> Benchmark:
     suite = open_suite(name, config.data.get(name, ""))
-    tasks = chosen(suite.tasks(categories), config.limit, config.seed)
+    tasks = suite.tasks(categories)
+    if config.side == "test":
+        tasks = [task for task in tasks if split(task.prompt.id) == "test"]
+    tasks = chosen(tasks, config.limit, config.seed)
     require(bool(tasks), f"suite {name} has no task in {', '.join(categories) or 'its data'}")
     return Benchmark(suite, tasks, config.samples)
 

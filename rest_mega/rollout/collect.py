@@ -12,7 +12,7 @@ import numpy as np
 from rest_mega.config import ConfigError, EnvironmentConfig, RolloutConfig
 from rest_mega.data.chat import ChatFormat
 from rest_mega.data.tokenizer import Tokenizer
-from rest_mega.dialects import Reply, parse
+from rest_mega.dialects import Reply
 from rest_mega.environments import EpisodeTools, ToolRuntime
 from rest_mega.environments.deadline import together
 from rest_mega.records import Ints, Prompt, Trajectory, Turn
@@ -255,7 +255,7 @@ class Collector:
         start, end = episode.ledger.sample(done, turn)
         ids = done.ids_T[:-1] if done.finished else done.ids_T
         text = b"".join(self._tokenizer.token_bytes(int(i)) for i in ids)
-        reply = parse(text, self.dialect)
+        reply = episode.tools.read(text, self.dialect)
         calls = done.finished and episode.tools.takes(reply)
         outcomes = episode.tools.answer(reply) if calls else ()
         episode.turns.append(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rest_mega.config import require
 from rest_mega.telemetry.columns import pack
+from rest_mega.telemetry.profiler import merge
 from rest_mega.telemetry.report_data import read_run
 from rest_mega.telemetry.rows import METRICS, read_rows
 
@@ -36,6 +37,8 @@ def main(words: Sequence[str]) -> int:
                         "compare.html for several")  # fmt: skip
     given = parser.parse_args(list(words))
     name = REPORT if len(given.runs) == 1 else "compare.html"
+    for run in given.runs:
+        merge(run)  # a run that is not over has not done so yet
     path = write_report(*given.runs, path=given.output or given.runs[0] / name)
     sys.stdout.write(f"{path}: {path.stat().st_size / 1e6:.1f} MB\n")
     return 0

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rest_mega.config import ConfigError
-from rest_mega.telemetry.rows import METRICS, RUN, TRAJECTORIES, read_rows
+from rest_mega.telemetry.rows import METRICS, RUN, TRAJECTORIES, WRITTEN, read_rows
 from rest_mega.telemetry.timeline import read_timelines
 
 MOST_ROWS, MOST_SPANS, MOST_TRAJECTORIES, MOST_TOKENS = 4_000, 60_000, 1_000, 2_000_000
@@ -64,7 +64,7 @@ def metric_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     other = [row for row in rows if "train/loss" not in row]
     kept = [part[i] for part in (plain, other) for i in spread(len(part), MOST_ROWS)]
     kept.sort(key=lambda row: int(row["step"]))
-    names = sorted({name for row in kept for name in row if name != "step"})
+    names = sorted({name for row in kept for name in row if name not in ("step", WRITTEN)})
     return {
         "step": np.array([row["step"] for row in kept], np.int32),
         "columns": {name: _floats((row.get(name) for row in kept), np.float32) for name in names},

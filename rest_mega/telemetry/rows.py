@@ -15,6 +15,8 @@ METRICS, TRAJECTORIES, EVENTS, RUN = (
     "events.jsonl",
     "run.json",
 )
+WRITTEN = "time/at"
+"""In a row of metrics: when it was written, in seconds since the epoch."""
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

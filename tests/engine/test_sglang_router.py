@@ -52,7 +52,7 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, list
 
 def make_engine(folder: Path, urls: tuple[str, ...], router: str) -> SglangEngine:
     return SglangEngine(
-        server_config(urls=urls, router=router, start_timeout_s=90, health_s=0.5),
+        server_config(urls=urls, router=router, start_timeout_s=90, health_s=0.5, verify=False),
         model_path=str(folder / "model"),
         dtype="fp32",
         end_of_turn_ids=(END,),

@@ -122,8 +122,9 @@ def handler(dialect: str) -> Any:
 
 def judge(category: str, entry_id: str, result: Any, reader: Any) -> dict[str, Any]:
     """{"valid", "error_type"?, ...} of a model's raw result: a reply, or the replies of each turn.
-    `reader` decodes as a handler does."""
+    `reader` is the handler that takes and decodes them."""
     runner = module("eval_checker.eval_runner")
+    result = _taken(result, reader)
     entry, truth = copy.deepcopy(entries(category)[entry_id])
     if category.startswith("multi_turn"):
         _forget_objects()
@@ -147,6 +148,15 @@ def judge(category: str, entry_id: str, result: Any, reader: Any) -> dict[str, A
         enums.Language[language],
         enums.ReturnFormat[language],
     )
+
+
+def _taken(result: Any, reader: Any) -> Any:
+    """What the handler keeps of raw replies, as they come from a server."""
+    if isinstance(result, list):
+        return [_taken(one, reader) for one in result]
+    usage = SimpleNamespace(prompt_tokens=1, completion_tokens=1)
+    response = SimpleNamespace(choices=[SimpleNamespace(text=result)], usage=usage)
+    return reader._parse_query_response_prompting(response)["model_responses"]
 
 
 def kind(verdict: Mapping[str, Any]) -> str:

@@ -10,7 +10,6 @@ from random import Random
 from typing import Any
 
 from rest_mega.config import EnvironmentConfig
-from rest_mega.dialects import parse
 from rest_mega.environments import ToolRuntime
 from rest_mega.environments.bfcl import gold_call
 from rest_mega.evaluation.suite import Suite, Task, open_suite
@@ -52,6 +51,25 @@ def one_by_one(turns: Sequence[Sequence[Any]]) -> list[list[str]]:
     ]
 
 
+ODD = {
+    "prose around": "I will do that.\n@\nNow I wait.",
+    "thought before": "<think>\n@\n</think>\n\n@",
+    "two on one line": '@<tool_call>{"name": "ls", "arguments": {}}</tool_call>',
+    "a broken block beside": '<tool_call>\n{"name": \n</tool_call>\n@',
+    "not closed beside": "@\n<tool_call>\n{",
+    "a list beside": "@\n<tool_call>\n[]\n</tool_call>",
+    "no arguments beside": '@\n<tool_call>\n{"name": "ls"}\n</tool_call>',
+    "a number for a name": '@\n<tool_call>\n{"name": 3, "arguments": {}}\n</tool_call>',
+    "arguments in a text": '@\n<tool_call>\n{"name": "ls", "arguments": "{}"}\n</tool_call>',
+    "arguments are a list": '@\n<tool_call>\n{"name": "ls", "arguments": []}\n</tool_call>',
+    "a key that is no name": (
+        '@\n<tool_call>\n{"name": "ls", "arguments": {"a b": 1}}\n</tool_call>'
+    ),
+    "a tag twice": "<tool_call>\n@",
+}
+"""Replies that a call is put into, at @."""
+
+
 def traces(task: Task, chance: Random) -> Iterator[tuple[str, list[list[str]]]]:
     """(what it is, the replies to each message of the user)."""
     turns = gold_turns(task)
@@ -65,6 +83,10 @@ def traces(task: Task, chance: Random) -> Iterator[tuple[str, list[list[str]]]]:
     broken[at].insert(0, '<tool_call>\n{"name": ')
     yield "broken reply first", [*broken[:at], broken[at][:1], *broken[at + 1 :]]
     looking = block({"name": "no_such_function", "arguments": {"x": [1, None, True]}})
+    for how, odd in ODD.items():
+        strange = one_by_one(turns)
+        strange[at] = [odd.replace("@", one) for one in strange[at][:-1]] + ["Done."]
+        yield how, strange
     yield "unknown function", [[looking, *replies] for replies in one_by_one(turns)]
     endless = one_by_one(turns)
     endless[at] = [looking] * 21
@@ -112,7 +134,7 @@ def played(task: Task, replies: Sequence[Sequence[str]], dialect: str = "hermes"
     """The environment's verdict on these replies, led as the collector leads an episode."""
     tools = RUNTIME.open(task.prompt)
     for text in (text for turn in replies for text in turn):
-        read = parse(text.encode(), dialect)
+        read = tools.read(text.encode(), dialect)
         if tools.takes(read):
             tools.answer(read)
             if tools.over:

@@ -12,6 +12,7 @@ import pytest
 
 from rest_mega import config as module
 from rest_mega.config import (
+    EXTENSIBLE,
     ConfigError,
     EndpointConfig,
     ParallelConfig,
@@ -261,6 +262,7 @@ def test_the_edges_of_a_range_belong_to_it(key: str, value: Any) -> None:
 def test_the_names_in_the_config_are_those_of_the_tables() -> None:
     from rest_mega.credit.advantages import METHODS, TOKENS
     from rest_mega.credit.weights import PRESETS, RULES
+    from rest_mega.losses.policy import SURROGATES
 
     tables = {"preset": PRESETS, "rule": RULES, "tokens": TOKENS, "advantage": METHODS}
     for key, table in tables.items():
@@ -268,6 +270,16 @@ def test_the_names_in_the_config_are_those_of_the_tables() -> None:
             tree = {"credit": {key: name}, "loss": {"optimizer_steps": 2}}  # kl-cov needs two
             assert getattr(RunConfig.from_dict(tree).credit, key) == name
         assert f"choose one of {', '.join(table)}" in refused({"credit": {key: "other"}})
+    assert f"choose one of {', '.join(EXTENSIBLE['loss.policy'])}" in refused(
+        {"loss": {"policy": "other"}}
+    )
+    assert list(SURROGATES.keys() ^ set(EXTENSIBLE["loss.policy"])) == []
+
+
+def test_files_that_may_register_more_names_leave_the_check_to_the_start() -> None:
+    """What they register is checked when they are loaded, before the ranks meet."""
+    tree = {"environment": {"modules": ["mine.py"]}, "loss": {"policy": "mine"}}
+    assert RunConfig.from_dict(tree).loss.policy == "mine"
 
 
 def test_leaving_out_the_scoring_pass_is_refused_where_the_gradient_would_change() -> None:

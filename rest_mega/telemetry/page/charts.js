@@ -155,13 +155,15 @@ class Chart {
     this.read(steps[Math.max(0, Math.min(steps.length - 1, now < 0 ? 0 : now + move))], { clientX: box.left + 60, clientY: box.bottom });
   }
 
+  /** One entry per line; where runs share names, one per name, and the cards say how a run is dashed. */
   legendNode() {
-    return el("div", { class: "legend" }, ...this.lines.map(l => {
+    const groups = Map.groupBy(this.lines, l => (this.names.length > 1 ? l.name : `${l.name} (${l.run + 1})`));
+    return el("div", { class: "legend" }, ...[...groups].map(([name, lines]) => {
+      const { colour, dash } = lines[0], hidden = lines.every(l => this.off.has(l.key));
       const mark = svg("svg", { viewBox: "0 0 22 8" });
-      mark.append(svg("line", { x1: 0, x2: 22, y1: 4, y2: 4, "stroke-width": 3, "stroke-dasharray": l.dash, style: `stroke:${line(l.colour)}` }));
-      const text = l.name.toLowerCase() + (this.runs.length > 1 ? ` (${l.run + 1})` : "");
-      const flip = () => { if (!this.off.delete(l.key)) this.off.add(l.key); this.draw(); };
-      return el("button", { type: "button", "aria-pressed": !this.off.has(l.key) ? "true" : "false", onclick: flip }, mark, text);
+      mark.append(svg("line", { x1: 0, x2: 22, y1: 4, y2: 4, "stroke-width": 3, "stroke-dasharray": dash, style: `stroke:${line(colour)}` }));
+      const flip = () => { lines.forEach(l => (hidden ? this.off.delete(l.key) : this.off.add(l.key))); this.draw(); };
+      return el("button", { type: "button", "aria-pressed": hidden ? "false" : "true", onclick: flip }, mark, name.toLowerCase());
     }));
   }
 }

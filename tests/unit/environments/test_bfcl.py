@@ -258,6 +258,16 @@ def test_in_a_benchmark_a_reply_that_cannot_be_read_ends_the_users_turn() -> Non
     assert played.result["kind"] == "multi_turn:empty_turn_model_response"
 
 
+def test_in_a_benchmark_replies_are_read_as_bfcls_handler_reads_them() -> None:
+    """A broken block beside a good one is dropped; a block needs its breaks of lines."""
+    good = called("touch", file_name="a")
+    broken = f"<tool_call>\n{{\n</tool_call>\n{good}"
+    played = benchmark(broken, "Done.")
+    assert [call.name for call in played.turns[0].calls] == ["touch"]
+    assert played.result == RIGHT
+    assert benchmark(good.replace("\n", ""), "Done.").turns[0].outcomes == ()
+
+
 def test_in_a_benchmark_more_than_twenty_replies_with_calls_to_one_message_end_the_episode() -> (
     None
 ):

@@ -15,7 +15,11 @@ from typing import Any
 
 import pytest
 
+from rest_mega.evaluation.bfcl_judge import Judged, judge_reply
+from rest_mega.evaluation.bfcl_scores import MULTI_TURN
+from rest_mega.evaluation.suite import Played
 from rest_mega.records import Turn
+from tests.support import bfcl_official as official
 from tests.support.bfcl_replies import (
     CATEGORIES,
     DIALECTS,
@@ -29,14 +33,9 @@ from tests.support.bfcl_replies import (
     mutants,
     written,
 )
+from tests.support.bfcl_traces import played, suite, tasks
 
 pytest.importorskip("bfcl_eval", reason="bfcl-eval is not installed: make bfcl")
-
-from rest_mega.evaluation.bfcl_judge import Judged, judge_reply
-from rest_mega.evaluation.bfcl_scores import MULTI_TURN
-from rest_mega.evaluation.suite import Played
-from tests.support import bfcl_official as official
-from tests.support.bfcl_traces import played, suite, tasks
 
 NO_TURN = Turn(0, 0, "", True)
 RECORDED = Path(__file__).parents[2] / "data" / "bfcl" / "replies.jsonl"

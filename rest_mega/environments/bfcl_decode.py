@@ -12,10 +12,13 @@ import ast
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from rest_mega import dialects
+from rest_mega.dialects import Reply
 from rest_mega.environments.bfcl_package import official
+from rest_mega.records import ToolCall
 
 Calls = list[Any]
 """[{name: {argument: value}}, ...] in the ordinary case; what a handler makes of odd JSON else."""
@@ -53,9 +56,48 @@ def decode(text: str, dialect: str, category: str) -> Calls:
     return [{call.name: dict(call.arguments)} for call in reply.calls]
 
 
+def read(text: bytes, dialect: str) -> Reply:
+    """A reply of several turns, whose calls are those that BFCL's runner executes (decode_execute
+    of the handlers): none where its handler raises.
+
+    A call inside an argument of Python's form, which BFCL executes too, stays what it is written
+    as.
+    """
+    reply = dialects.parse(text, dialect)
+    if dialect not in _READERS:
+        return reply
+    try:
+        calls = _executed(text.decode("utf-8", "replace"), dialect)
+    except Exception as error:  # as in `decode`
+        return replace(reply, calls=(), error=reply.error or f"{type(error).__name__}: {error}")
+    return replace(reply, calls=calls, well_formed=reply.well_formed or bool(calls))
+
+
+def _executed(text: str, dialect: str) -> tuple[ToolCall, ...]:
+    if dialect == "hermes":  # arguments may be an object in a text here
+        calls: Calls = [{call["name"]: call["arguments"]} for call in _hermes_blocks(text)]
+    else:
+        calls = _READERS[dialect](text, "PYTHON")
+    pairs = (pair for call in calls for pair in call.items())
+    return tuple(
+        ToolCall(str(name), {str(key): value for key, value in _object(arguments).items()})
+        for name, arguments in pairs
+    )
+
+
+def _object(arguments: Any) -> Any:
+    return json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
 def _hermes(text: str, language: str) -> Calls:
-    """model_handler/local_inference/qwen_fc.py: the reasoning is cut off, blocks that are no JSON
-    are dropped, and the others must be objects."""
+    """decode_ast of model_handler/local_inference/qwen_fc.py."""
+    blocks = _hermes_blocks(text)
+    return [{call["name"]: dict(call["arguments"].items())} for call in blocks]
+
+
+def _hermes_blocks(text: str) -> list[dict[str, Any]]:
+    """The reasoning is cut off, blocks that are no JSON are dropped, and the others must be
+    objects."""
     answer = text.split("</think>")[-1].lstrip("\n") if "</think>" in text else text
     found = []
     for block in _BLOCK.findall(answer):
@@ -65,7 +107,7 @@ def _hermes(text: str, language: str) -> Calls:
             continue
     if any(not isinstance(call, dict) for call in found):
         raise DecodeError("a tool_call block is no object")
-    return [{call["name"]: dict(call["arguments"].items())} for call in found]
+    return found
 
 
 def _llama3(text: str, language: str) -> Calls:
