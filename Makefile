@@ -1,4 +1,5 @@
 # make quickstart: train a small tool-using model here.   make test: lint, types and tests.
+# make browser: Chromium for the tests of the report.
 # make sglang: a CPU build of the SGLang server in an environment of its own.   make engine: its tests.
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ SGLANG_VENV ?= .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 SGLANG_PINS := tests/support/sglang_cpu
 
-.PHONY: setup bfcl sglang engine quickstart test test-mcore-latest lint format type pytest slow clean
+.PHONY: setup bfcl browser sglang engine quickstart test test-mcore-latest lint format type pytest slow clean
 
 setup: $(STAMP)
 
@@ -40,6 +41,12 @@ $(STAMP): $(RUNS)
 bfcl: setup
 	$(BIN)/pip install --quiet --no-deps bfcl-eval==2026.3.23 mpmath==1.3.0 tree_sitter==0.21.3 \
 		tree-sitter-java==0.21.0 tree-sitter-javascript==0.21.4 'tenacity>=8.5' 'filelock>=3.20'
+
+# The browser that the tests of the report drive; without it they are skipped.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } \
+		|| echo "no Chromium, and apt-get could not install it: tests of the report are skipped"
 
 sglang: $(SGLANG_STAMP)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -15,6 +16,8 @@ from rest_mega.data.prompts import load_prompts
 from rest_mega.data.tokenizer import load_tokenizer
 from rest_mega.dialects import DIALECTS, Region
 from rest_mega.environments import load_modules
+from rest_mega.evaluation.play import Benchmark, open_benchmarks
+from rest_mega.evaluation.split import check_split
 from rest_mega.losses import head
 from rest_mega.records import Prompt
 from rest_mega.rewards import Rubric
@@ -27,7 +30,10 @@ from rest_mega.session import Inputs, Session
 from rest_mega.stop import Stop
 from rest_mega.sync.export import Exporter
 from rest_mega.sync.load import Source, load, open_source
+from rest_mega.telemetry import sinks
+from rest_mega.telemetry.profiler import Profiler
 from rest_mega.telemetry.reporter import Reporter
+from rest_mega.telemetry.timeline import Timeline, kept
 from rest_mega.trainer import checkpoint, device, parallel
 from rest_mega.trainer.checkpoint_files import (
     candidates,
@@ -55,8 +61,9 @@ _SAME_RUN = {
 # ------------------------------------------------------------------ before the ranks meet
 
 
-def read_inputs(config: RunConfig, verb: str) -> Inputs:
-    """Read model, tokenizer, environments and prompts; ConfigError says what does not fit.
+def read_inputs(config: RunConfig, verb: str, *, benchmarks_alone: bool = False) -> Inputs:
+    """Read model, tokenizer, environments, prompts and benchmarks; ConfigError says what does not
+    fit. `benchmarks_alone`: no prompts.
 
     Every rank reads for itself and finds the same: no process group exists yet.
     """
@@ -69,6 +76,7 @@ def read_inputs(config: RunConfig, verb: str) -> Inputs:
         bool(config.model.path), "model.path is empty; point it at a Hugging Face checkpoint folder"
     )
     one_of("tokenizer.dialect", config.tokenizer.dialect, DIALECTS)
+    sinks.check(config.telemetry)
     load_modules(config.environment.modules)
     architecture = read_architecture(config.model.path)
     architecture.check(config.parallel)
@@ -81,15 +89,29 @@ def read_inputs(config: RunConfig, verb: str) -> Inputs:
         "embedding rows: use the tokenizer that belongs to the model",
     )
     chat = ChatFormat(tokenizer)
-    train, held_out = _prompts(config, verb)
+    train, held_out = ([], []) if benchmarks_alone else _prompts(config, verb)
     check_prompts(train + held_out, chat, config.rollout.max_tokens, config.environment)
+    benchmarks = [] if verb == "eval" and not benchmarks_alone else _benchmarks(config, chat)
+    check_split(train, held_out, benchmarks)
     rubric = Rubric(config.rewards)
     source = open_source(config.model.path, config.model.init, architecture, config.run.seed)
     reference = None
     if verb == "train" and config.needs_reference:
         reference = _reference(config, architecture) if config.model.reference else source
     _check_checkpoint(config, verb)
-    return Inputs(architecture, source, reference, tokenizer, chat, rubric, train, held_out)
+    return Inputs(
+        architecture, source, reference, tokenizer, chat, rubric, train, held_out, benchmarks
+    )
+
+
+def _benchmarks(config: RunConfig, chat: ChatFormat) -> list[Benchmark]:
+    """The benchmarks, of each category one prompt tried with the chat template; a prompt that is
+    too long is a wrong answer later."""
+    benchmarks = open_benchmarks(config.evaluation)
+    for benchmark in benchmarks:
+        first = {task.category: task.prompt for task in reversed(benchmark.tasks)}
+        check_prompts(list(first.values()), chat, sys.maxsize, config.environment)
+    return benchmarks
 
 
 def _reference(config: RunConfig, architecture: Architecture) -> Source:
@@ -248,14 +270,22 @@ def _open(
     collector = _collector(config, inputs, engine, stop) if engine is not None else None
     bank = _together(place, lambda: _bank(config, place) if leads and verb == "train" else None)
     carried = [json.loads(line) for line in read_episodes(found)] if bank and found else []
-    reporter = Reporter(
-        run_dir,
-        config.telemetry,
-        total_steps=config.run.last_step,
-        active=place.is_head and trains,
-        resume_step=resumed.get("step"),
-        region_names=[region.name for region in Region],
-        config_tree=config.to_dict(),
+    timeline, profiler = _watching(config, place, resumed.get("step")) if trains else (None, None)
+    if config.profile.steps and profiler is not None:
+        trainer.time_pieces(profiler)
+    reporter = _together(
+        place,
+        lambda: Reporter(
+            run_dir,
+            config.telemetry,
+            total_steps=config.run.last_step,
+            active=place.is_head and trains,
+            resume_step=resumed.get("step"),
+            region_names=[region.name for region in Region],
+            config_tree=config.to_dict(),
+            timeline=timeline,
+            profiler=profiler,
+        ),
     )
     if directory is not None and directory.unlocked:
         reporter.event("unlocked", f"{run_dir} cannot be locked: {directory.unlocked}")
@@ -283,6 +313,35 @@ def _open(
         resumed=resumed,
         carried=carried,
     )
+
+
+def _watching(
+    config: RunConfig, place: parallel.Parallel, step: int | None
+) -> tuple[Timeline | None, Profiler]:
+    """This rank's timeline, where it keeps one, and its profiler. Collective."""
+    offset, run_dir = place.clock_offset(), Path(config.run.dir)
+    where = f"DP {place.data_rank} PP {place.pipeline_rank} CP {place.context_rank} "
+    where += f"TP {place.tensor_rank}"
+    profiler = Profiler(
+        run_dir,
+        config.profile,
+        place.rank,
+        where,
+        step=step or 0,
+        clock_offset=offset,
+        on_gpu=place.device.type == "cuda",
+    )
+    if not kept(place.rank, place.world_size, config.telemetry.timelines):
+        return None, profiler
+    timeline = Timeline(
+        run_dir,
+        place.rank,
+        where,
+        waits=place.take_waits,
+        clock_offset=offset,
+        resume_step=step,
+    )
+    return timeline, profiler
 
 
 def _trainer(
@@ -334,6 +393,11 @@ def _engine(
         len(sglang.urls) % place.data_size == 0,
         f"rollout.sglang.urls names {len(sglang.urls)} servers for {place.data_size} replicas: "
         f"give a multiple of {place.data_size}",
+    )
+    require(
+        place.data_size == 1 or "://" not in sglang.router,
+        f"rollout.sglang.router={sglang.router!r} with {place.data_size} replicas, which load the "
+        "weights of their own servers at times of their own: use rollout.sglang.router=start",
     )
     urls = sglang.urls[place.data_rank :: place.data_size]
     return make_engine(

@@ -24,10 +24,14 @@ VERBS = {
 
 OWN_WORDS = {
     "convert": ("rest_mega.convert", "Hugging Face <-> Megatron checkpoint: SOURCE TARGET"),
+    "eval --suite": ("rest_mega.benchmark", "a benchmark of a model, checkpoint or endpoint"),
+    "compare": ("rest_mega.compare", "two evaluations by their samples: RESULTS RESULTS"),
     "replay": (
         "rest_mega.replay",
         "a step of a run once more, from its kept episodes: RUN --step N",
     ),
+    "tail": ("rest_mega.tail", "what a run says, as it says it: RUN"),
+    "report": ("rest_mega.telemetry.report", "a page of runs, side by side: RUN [RUN ...]"),
 }
 """Verbs without a config: their module's `main` reads what follows."""
 
@@ -72,7 +76,7 @@ verbs:
 {verbs}
 
 Relative paths are relative to the current directory. `rest-mega keys` lists every config key,
-`rest-mega convert --help` (and replay) what follows that verb.
+`rest-mega convert --help` (and eval, compare, replay, report, tail) what follows that verb.
 """
 
 
@@ -86,14 +90,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         verbs = (VERBS | OWN_WORDS).items()
         sys.stdout.write(
-            HELP.format(verbs="\n".join(f"  {verb:7} {text}" for verb, (_, text) in verbs))
+            HELP.format(verbs="\n".join(f"  {verb:12} {text}" for verb, (_, text) in verbs))
         )
         return 0 if words else 2
     if words[0] == "keys":
         sys.stdout.write("\n".join(known_keys()) + "\n")
         return 0
-    if words[0] in OWN_WORDS:
-        module = importlib.import_module(OWN_WORDS[words[0]][0])
+    own = words[0] if words[0] in OWN_WORDS else f"{words[0]} --suite"
+    if own in OWN_WORDS and (own == words[0] or _names_a_suite(words)):
+        module = importlib.import_module(OWN_WORDS[own][0])
         return _run(lambda: module.main(words[1:]), "interrupted")
     try:
         verb, config = read(words)
@@ -106,6 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     return _run(lambda: module.run(config, inputs))
+
+
+def _names_a_suite(words: Sequence[str]) -> bool:
+    return any(word == "--help" or word.partition("=")[0] == "--suite" for word in words)
 
 
 def _run(verb: Callable[[], int], if_interrupted: str = _BEFORE_TRAINING) -> int:
@@ -132,7 +141,8 @@ def _interrupted(what: str = _BEFORE_TRAINING) -> int:
 def read(words: Sequence[str]) -> tuple[str, RunConfig]:
     """(verb, config) of a command line; ConfigError names what is unknown and the nearest known
     names."""
-    verb, rest, known = words[0], list(words[1:]), [*VERBS, *OWN_WORDS]
+    verb, rest = words[0], list(words[1:])
+    known = [*VERBS, *(name for name in OWN_WORDS if " " not in name)]
     if verb not in VERBS:
         raise ConfigError(
             f"unknown verb {verb!r}; choose one of {', '.join(known)}{_near(verb, known)}"
@@ -211,6 +221,9 @@ def overrides(words: list[str]) -> list[tuple[str, Any]]:
 
 def _megatron(word: str, words: list[str]) -> tuple[str, Any]:
     name, has_value, text = word.partition("=")
+    if name == "--profile" and (text or words):
+        key, has_value, window = (text or words.pop(0)).partition("=")
+        return f"profile.{key}", _value(f"profile.{key}", window if has_value else "")
     if name == "--bf16":
         return "model.dtype", "bf16"
     if name in NO_COUNTERPART:

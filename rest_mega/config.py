@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -358,6 +359,10 @@ class SglangConfig:
     start our own."""
     servers: int = 1
     """Servers that each replica's lead starts on its machine; they end with it."""
+    router: str = ""
+    """An sglang-router that requests go through: http://host:port of one that runs, start for one
+    that each lead starts before its servers, empty for none: each lead then asks the server that
+    has the least to do, an episode's next turn where its prefix is cached."""
     python: str = ""
     """Python interpreter of an environment with sglang; empty: the one that runs this."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -379,6 +384,10 @@ class SglangConfig:
     keep_copy: bool = True
     """Keep the newest weights in the run directory, for a server that has to be started again;
     without it a lost server ends the run. transport=disk always does."""
+    verify: bool = True
+    """Compare the checksums of what servers hold with those of what was sent, after every load;
+    false for servers that rearrange weights (quantization, a kernel's own layout). Experts are
+    compared on a CPU alone."""
     master_host: str = "127.0.0.1"
     """transport=distributed: where servers reach the lead."""
     in_flight: int = 512
@@ -410,6 +419,10 @@ class SglangConfig:
                 url.startswith(("http://", "https://")),
                 f"rollout.sglang.urls has {url!r}; write http://host:port",
             )
+        require(
+            self.router in ("", "start") or self.router.startswith(("http://", "https://")),
+            f"rollout.sglang.router={self.router!r} must be start, http://host:port or empty",
+        )
         self._check_placement()
 
     @property
@@ -545,6 +558,12 @@ class RewardConfig:
 
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
+EXTENSIBLE = {
+    "credit.preset": ("rest", "rest-paper", "rest-code", "uniform"),
+    "credit.advantage": ("grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline"),
+    "loss.policy": ("ppo", "gspo", "cispo", "reinforce"),
+}
+"""Key -> the names that are shipped; files named by environment.modules may register more."""
 
 
 @dataclass(frozen=True)
@@ -552,7 +571,8 @@ class CreditConfig:
     """ResT: what each token's gradient weighs, and the advantages of a group."""
 
     preset: str = "rest"
-    """rest, rest-paper, rest-code or uniform: see rest_mega.credit.weights.PRESETS."""
+    """rest, rest-paper, rest-code or uniform: see rest_mega.credit.weights.PRESETS; or a name that
+    one of environment.modules registers."""
     tau: float | None = None
     """Tempering of the entropy rule; 0: constants, 1: the paper's Eq. 9; null: the preset's."""
     rule: str | None = None
@@ -591,7 +611,8 @@ class CreditConfig:
     """tokens=entropy-advantage: at most |advantage| / shaping_kappa is added."""
     advantage: str = "grpo"
     """grpo (mean and std of the group), dr_grpo (mean only), rloo, reinforce++ (mean and std of the
-    global batch) or reinforce++-baseline (mean of the group, std of the global batch)."""
+    global batch) or reinforce++-baseline (mean of the group, std of the global batch); or a name
+    that one of environment.modules registers."""
     equal_groups: str = "drop"
     """What becomes of groups whose rewards are all equal and so carry no signal: keep (their
     advantages are 0, their tokens count in the loss's denominator), drop, or resample (drop, and
@@ -608,9 +629,6 @@ class CreditConfig:
     """k1 (the log-ratio), k2 or k3; see rest_mega.losses.kl."""
 
     def __post_init__(self) -> None:
-        one_of("credit.preset", self.preset, ("rest", "rest-paper", "rest-code", "uniform"))
-        methods = ("grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline")
-        one_of("credit.advantage", self.advantage, methods)
         one_of("credit.equal_groups", self.equal_groups, ("keep", "drop", "resample"))
         require(
             self.resample_rounds >= 1,
@@ -667,7 +685,8 @@ class LossConfig:
 
     policy: str = "ppo"
     """ppo (clip; dual clip when dual_clip > 0), gspo (one ratio per trajectory, clipped), cispo
-    (clipped ratio without gradient, times A log pi) or reinforce."""
+    (clipped ratio without gradient, times A log pi) or reinforce; or a name that one of
+    environment.modules registers."""
     clip_low: float = 0.2
     """Ratios below 1 - clip_low are clipped. gspo's ratio is a trajectory's mean and far closer to
     1: its paper uses 3e-4 and 4e-4. cispo's paper sets no lower bound: 0.999."""
@@ -713,7 +732,6 @@ class LossConfig:
     up to the step before (in the first step none: all regions count as equally uncertain)."""
 
     def __post_init__(self) -> None:
-        one_of("loss.policy", self.policy, ("ppo", "gspo", "cispo", "reinforce"))
         one_of("loss.old_logprobs", self.old_logprobs, ("trainer", "rollout"))
         require(0 < self.clip_low < 1, f"loss.clip_low={self.clip_low} must be in (0, 1)")
         require(self.clip_high > 0, f"loss.clip_high={self.clip_high} must be positive")
@@ -839,20 +857,93 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
+class EndpointConfig:
+    """An OpenAI-compatible server that is evaluated in the place of a model of ours."""
+
+    url: str = ""
+    """Address up to where /chat/completions begins, such as http://host:8000/v1."""
+    model: str = ""
+    """The model's name there; empty: the only one that it serves."""
+    key_variable: str = "OPENAI_API_KEY"
+    """The environment variable that holds the API key; without that variable none is sent."""
+    mode: str = "tools"
+    """tools: tools and calls travel in the API's own fields; text: tools stand in the system
+    message, and calls are read from the reply's text by tokenizer.dialect."""
+    in_flight: int = 16
+    """Episodes under way at a time."""
+    request_timeout_s: float = 600.0
+    """Deadline of one request."""
+    retries: int = 5
+    """Further tries of a request that the server has certainly not begun (busy, not reachable)."""
+
+    def __post_init__(self) -> None:
+        require(
+            not self.url or self.url.startswith(("http://", "https://")),
+            f"evaluation.endpoint.url={self.url!r} must begin with http:// or https://",
+        )
+        one_of("evaluation.endpoint.mode", self.mode, ("tools", "text"))
+        require(self.in_flight >= 1, f"evaluation.endpoint.in_flight={self.in_flight} must be >= 1")
+        require(self.retries >= 0, f"evaluation.endpoint.retries={self.retries} must not be < 0")
+        require(
+            self.request_timeout_s > 0,
+            f"evaluation.endpoint.request_timeout_s={self.request_timeout_s} must be positive",
+        )
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out success, before, during and after training."""
+    """Held-out success and benchmarks, before, during and after training."""
 
     every: int = 0
     """Evaluate every this many steps besides the first and the last; 0: only those two."""
     prompts: int = 128
     """Held-out prompts used, from the start of the file."""
     greedy: bool = True
-    """Also evaluate with greedy decoding (one sample at temperature rollout.temperature always
-    is)."""
+    """Also evaluate held-out prompts with greedy decoding (one sample at temperature
+    rollout.temperature always is)."""
+    suites: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Benchmarks (api-bank, bfcl) -> their categories, [] for all: suites={api-bank: []}."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """Benchmark -> where its data is, for those that bring none."""
+    limit: int = 0
+    """Tasks of each category of a benchmark, drawn by `seed`; 0: all."""
+    side: str = "all"
+    """all, or test: leave out the benchmark entries that may be trained on (half of BFCL's
+    multi-turn scenarios; see `split` in rest_mega/data/bfcl_rows.py)."""
+    samples: int = 1
+    """Replies to each task of a benchmark; pass@k needs k of them."""
+    seed: int = 0
+    """Of the tasks and the replies drawn; not run.seed, so that all runs are asked the same."""
+    temperature: float = 0.0
+    """Of benchmarks; 0: greedy."""
+    top_p: float = 1.0
+    """Of benchmarks: nucleus sampling."""
+    max_new_tokens: int = 0
+    """Tokens of a turn in benchmarks at most; 0: rollout.max_new_tokens."""
+    max_tokens: int = 0
+    """Tokens of an episode of a benchmark at most, its prompt included; 0: rollout.max_tokens. A
+    prompt that leaves no room to reply counts as a wrong answer."""
+    best: str = ""
+    """A metric such as api-bank/overall or greedy_success: whenever an evaluation reaches a new
+    best of it, the weights are written to RUN/best; empty: they are not."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """Of `rest-mega eval` alone."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"evaluation.every={self.every} must not be negative")
-        require(self.prompts >= 1, f"evaluation.prompts={self.prompts} must be at least 1")
+        for name in ("every", "limit", "max_new_tokens", "max_tokens", "temperature"):
+            value = getattr(self, name)
+            require(value >= 0, f"evaluation.{name}={value} must not be negative")
+        for name in ("prompts", "samples"):
+            value = getattr(self, name)
+            require(value >= 1, f"evaluation.{name}={value} must be at least 1")
+        one_of("evaluation.side", self.side, ("all", "test"))
+        require(0 < self.top_p <= 1, f"evaluation.top_p={self.top_p} must be in (0, 1]")
+        require(0 <= self.seed < 2**31, f"evaluation.seed={self.seed} must be in [0, 2^31)")
+        require(
+            self.samples == 1 or self.temperature > 0,
+            f"evaluation.samples={self.samples} greedy replies would all be the same: set "
+            "evaluation.temperature above 0, or evaluation.samples=1",
+        )
 
 
 @dataclass(frozen=True)
@@ -861,8 +952,20 @@ class TelemetryConfig:
 
     tensorboard: bool = True
     """Write TensorBoard event files into the run directory."""
+    wandb: str = ""
+    """Weights & Biases: offline (files in RUN/wandb, for `wandb sync`) or online; empty: none.
+    Needs the extra `tracking`."""
+    mlflow: str = ""
+    """MLflow: a folder, or the URL of a tracking server; empty: none. Needs the extra
+    `tracking`."""
+    project: str = "rest_mega"
+    """Project in W&B, experiment in MLflow."""
+    name: str = ""
+    """The run's name in both; empty: that of the run directory."""
     trajectories: int = 16
     """Trajectories kept per step for the report."""
+    timelines: int = 64
+    """Ranks that keep a timeline of their phases (RUN/phases), at most; they are spread evenly."""
     reference_kl: bool = False
     """Measure the KL to the reference policy also where no penalty needs it; a forward pass more
     per step."""
@@ -870,11 +973,38 @@ class TelemetryConfig:
     """bar: a live progress bar; plain: a line per step; auto: bar on a terminal."""
 
     def __post_init__(self) -> None:
+        one_of("telemetry.wandb", self.wandb, ("", "offline", "online"))
         one_of("telemetry.console", self.console, ("auto", "bar", "plain"))
+        for name in ("trajectories", "timelines"):
+            value = getattr(self, name)
+            require(value >= 0, f"telemetry.{name}={value} must not be negative; 0 keeps none")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Traces of a few steps, in RUN/profile."""
+
+    steps: str = ""
+    """FIRST-LAST, for example 5-7: steps that are profiled, on every rank; empty: none."""
+    phases: tuple[str, ...] = ("score", "train")
+    """Phases of which torch writes a trace of its own, among rollout, score, train, publish,
+    evaluate and save. The timeline of the pipeline has all of them."""
+
+    def __post_init__(self) -> None:
+        known = ("rollout", "score", "train", "publish", "evaluate", "save")
+        for name in self.phases:
+            one_of("profile.phases", name, known)
+        match = re.fullmatch(r"(\d+)-(\d+)", self.steps)
         require(
-            self.trajectories >= 0,
-            f"telemetry.trajectories={self.trajectories} must not be negative",
+            not self.steps or (match is not None and 1 <= int(match[1]) <= int(match[2])),
+            f"profile.steps={self.steps!r} is no window of steps: write FIRST-LAST, from 1, "
+            "for example 5-7",
         )
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """(first, last) of the profiled steps; empty for none."""
+        return tuple(map(int, self.steps.split("-"))) if self.steps else ()
 
 
 @dataclass(frozen=True)
@@ -988,9 +1118,12 @@ class RunConfig:
     sft: SftConfig = field(default_factory=SftConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
 
     def __post_init__(self) -> None:
+        if not self.environment.modules:
+            self.check_names(EXTENSIBLE)
         require(
             self.rollout.prompts_per_step * self.rollout.samples_per_prompt
             >= self.loss.optimizer_steps,
@@ -1048,6 +1181,12 @@ class RunConfig:
     def needs_reference(self) -> bool:
         """A penalty or a metric compares the policy with the reference policy."""
         return self.loss.kl > 0 or self.credit.kl_reward > 0 or self.telemetry.reference_kl
+
+    def check_names(self, tables: Mapping[str, typing.Iterable[str]]) -> None:
+        """Raise ConfigError unless the value of each key of `tables` is one of its names."""
+        for key, names in tables.items():
+            section, name = key.split(".")
+            one_of(key, getattr(getattr(self, section), name), names)
 
     def check_world(self, world_size: int) -> None:
         """Raise ConfigError unless this config can run on `world_size` ranks."""

@@ -31,8 +31,7 @@ from rest_mega.rollout.bank import write_rows
 from rest_mega.rollout.episode import row_of
 from rest_mega.rollout_step import Rollout, RolloutView
 from rest_mega.session import Session
-from rest_mega.trainer.global_rows import ScoredRows, Scores
-from rest_mega.trainer.parallel import Parallel
+from rest_mega.trainer.global_rows import Scores
 
 
 def end_run(
@@ -44,7 +43,7 @@ def end_run(
     gap: Gap,
 ) -> int:
     """Keep the batch and say why the run ends; returns the exit code. Collective."""
-    folder, worst = write_dump(s, step, rollout, s.trainer.rows.scored(parts, scores), gap)
+    folder, worst = write_dump(s, step, rollout, parts, scores, gap)
     s.reporter.event("guard", _message(s, step, folder, worst, gap))
     s.place.barrier()
     return MISMATCH
@@ -68,7 +67,12 @@ def _message(s: Session, step: int, folder: Path, worst: Mapping[str, Any], gap:
 
 
 def write_dump(
-    s: Session, step: int, rollout: Rollout, scored: ScoredRows, gap: Gap
+    s: Session,
+    step: int,
+    rollout: Rollout,
+    parts: Sequence[Sequence[Microbatch]],
+    scores: Sequence[Sequence[Scores]],
+    gap: Gap,
 ) -> tuple[Path, dict[str, Any]]:
     """(folder, worst token) of the step's batch, on every rank. Collective."""
     folder = _folder(s, step)
@@ -77,7 +81,8 @@ def write_dump(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     s.place.barrier()
-    trainer = trainer_logprobs(s.place, rollout.samples, scored)
+    lengths = [len(sample.ids_T) for sample in rollout.samples]
+    trainer = [t.trainer_T for t in s.trainer.rows.traces(parts, scores, lengths)]
     worst = _worst(s, rollout, trainer)
     if s.place.is_lead:
         _write_replica(s, partial, rollout, trainer)
@@ -101,21 +106,6 @@ def _folder(s: Session, step: int) -> Path:
         number += 1
         folder = dumps / f"step_{step}.{number}"
     return Path(s.place.gather_text(str(folder))[0])
-
-
-def trainer_logprobs(
-    place: Parallel, samples: Sequence[Sample], scored: ScoredRows
-) -> list[Floats]:
-    """The trainer's log-prob of every token of the samples, NaN where it was not trained, on every
-    rank of the replica. Collective."""
-    lengths = [len(sample.ids_T) for sample in samples]
-    starts_S = np.cumsum([0, *lengths])
-    whole_T = np.zeros(int(starts_S[-1]))
-    if place.counts_tokens:  # one rank per token; the others add zeros
-        whole_T[starts_S[scored.sample_R] + scored.token_R] = scored.trainer_R
-    summed_T = place.sum_in_replica(whole_T).astype(np.float32)
-    parts = np.split(summed_T, starts_S[1:-1])[: len(samples)]
-    return [np.where(_trained(x), part, np.nan) for x, part in zip(samples, parts, strict=True)]
 
 
 def _trained(sample: Sample) -> Any:

@@ -91,3 +91,8 @@ def child_environment(more: Mapping[str, str]) -> dict[str, str]:
         if name not in _RANKS and not name.startswith("TORCHELASTIC_")
     }
     return ours | dict(more)
+
+
+def allow_mlflow_files() -> None:
+    """MLflow keeps runs in a folder only where this variable says so."""
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")

@@ -39,7 +39,7 @@ class NonFinite:
             return False
         self._in_a_row += 1
         s, limit = self._s, self._s.config.run.max_nonfinite
-        folder, _ = write_dump(s, step, rollout, s.trainer.rows.scored(parts, scores), Gap())
+        folder, _ = write_dump(s, step, rollout, parts, scores, Gap())
         s.reporter.event(
             "nonfinite",
             f"step {step}: loss {bad[0].loss:g}, gradient norm {bad[0].grad_norm:g}: "

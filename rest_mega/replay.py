@@ -12,7 +12,7 @@ from typing import Any
 from rest_mega import launch, train
 from rest_mega.cli import lay_over, overrides
 from rest_mega.config import ConfigError, RunConfig, require
-from rest_mega.telemetry.reporter import METRICS, RUN, read_rows
+from rest_mega.telemetry.rows import METRICS, RUN, read_rows
 from rest_mega.trainer.checkpoint_files import candidates, damage, step_of
 
 UNTOLD = ("time/", "tokens/s", "eval/")

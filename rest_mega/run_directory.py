@@ -11,6 +11,9 @@ from typing import TextIO
 
 from rest_mega.config import ConfigError
 
+LOCK = ".lock"
+"""In the run directory: held by the run, and says by which process."""
+
 
 class RunDirectory:
     """`path`, held by this process until `release` or its end, however it ends."""
@@ -26,7 +29,7 @@ class RunDirectory:
         """Why the file system could not lock the directory; empty: it is locked."""
         path.mkdir(parents=True, exist_ok=True)
         self._file = self._lock()
-        if fresh and any(p.name != self._name for p in path.iterdir()):
+        if fresh and any(p.name != LOCK for p in path.iterdir()):
             _move_aside(path)
             self._file.close()
             path.mkdir()
@@ -35,10 +38,8 @@ class RunDirectory:
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
 
-    _name = ".lock"
-
     def _lock(self) -> TextIO:
-        file = (self.path / self._name).open("a+")
+        file = (self.path / LOCK).open("a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

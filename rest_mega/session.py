@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from rest_mega.config import RunConfig
+from rest_mega.config import RunConfig, one_of
 from rest_mega.data.chat import ChatFormat
 from rest_mega.data.tokenizer import Tokenizer
+from rest_mega.evaluation.benchmark import evaluate_benchmark
 from rest_mega.evaluation.held_out import evaluate
+from rest_mega.evaluation.play import Benchmark, rollout_of, settings_of
 from rest_mega.records import Prompt
 from rest_mega.rewards import Rubric
 from rest_mega.rollout.bank import Bank, as_lines
@@ -28,6 +31,7 @@ from rest_mega.sync.export import Exporter, save_hf
 from rest_mega.sync.load import Source
 from rest_mega.sync.names import hf_names, hf_shape
 from rest_mega.sync.publish import publish
+from rest_mega.telemetry.profiler import merge
 from rest_mega.telemetry.report import summary_line, write_report
 from rest_mega.telemetry.reporter import Reporter
 from rest_mega.trainer import device, parallel
@@ -52,6 +56,12 @@ class Inputs:
     rubric: Rubric
     train: list[Prompt] = field(default_factory=list)
     held_out: list[Prompt] = field(default_factory=list)
+    benchmarks: list[Benchmark] = field(default_factory=list)
+
+    @property
+    def evaluated(self) -> bool:
+        """There is something to evaluate on."""
+        return bool(self.held_out or self.benchmarks)
 
 
 @dataclass
@@ -84,6 +94,7 @@ class Session:
         self._published = -1
         self._evaluated = int(self.resumed.get("evaluated", -1))
         self._saved = (int(self.resumed.get("step", -1)), self._evaluated)
+        self._best: dict[str, float] | None = self.resumed.get("best")
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -128,17 +139,70 @@ class Session:
         False when a stop was asked for meanwhile: the run that resumes evaluates anew.
         """
         due = self._due(self.config.evaluation.every, step) or (first and step == 0)
-        if not self.inputs.held_out or not due or self._evaluated == step:
+        if not self.inputs.evaluated or not due or self._evaluated == step:
             return True
         if self._published != step:
             self.publish(step)
         with self.phase("evaluate"):
-            metrics = self.measure()
-        if not metrics:
-            return False
+            metrics = self.measure() if self.inputs.held_out else {}
+            if self.inputs.held_out and not metrics:
+                return False
+            for benchmark in self.inputs.benchmarks:
+                folder = Path(self.config.run.dir) / "evaluation" / f"step_{step}"
+                if not (
+                    found := self.run_benchmark(
+                        benchmark, folder / benchmark.suite.name, f"step {step}"
+                    )
+                ):
+                    return False
+                metrics |= found
         self.reporter.step(step, metrics)
         self._evaluated = step
+        self._keep_best(step, metrics)
         return True
+
+    def run_benchmark(self, benchmark: Benchmark, folder: Path, weights: str) -> dict[str, float]:
+        """Metrics of a benchmark with the published parameters (called `weights` in its files, in
+        `folder`); empty when a stop was asked for.
+
+        In training what the folder had is drawn anew: it may be of other weights.
+        """
+        config, inputs, alone = self.config, self.inputs, self.verb == "eval"
+        limits = rollout_of(benchmark.suite, config.evaluation, config.rollout)
+        dialect = benchmark.suite.dialect or config.tokenizer.dialect
+        if not alone:
+            if self.place.is_head:
+                shutil.rmtree(folder, ignore_errors=True)
+            self.place.barrier()
+        collector = None
+        if self.engine is not None:
+            collector = Collector(
+                self.engine, inputs.tokenizer, inputs.chat, dialect, limits, config.environment,
+                stop=self.stop,
+            )  # fmt: skip
+        return evaluate_benchmark(
+            self.place,
+            collector,
+            benchmark,
+            config.evaluation,
+            limits,
+            folder,
+            settings_of(config, benchmark, inputs.tokenizer.chat_template, weights),
+            show=alone,
+        )
+
+    def _keep_best(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Export the weights where they are the best so far by `evaluation.best`."""
+        name = self.config.evaluation.best
+        if not name:
+            return
+        known = {key.removeprefix("eval/"): value for key, value in metrics.items()}
+        one_of("evaluation.best", name, known)
+        if self._best is not None and known[name] <= self._best["value"]:
+            return
+        self._best = {"step": step, "value": known[name]}
+        self._export(Path(self.config.run.dir) / "best")
+        self.reporter.event("best", f"step {step} is the best so far: {name} {known[name]:.4f}")
 
     def measure(self) -> dict[str, float]:
         """Held-out metrics of the published parameters, sampled and (evaluation.greedy) greedy;
@@ -163,6 +227,7 @@ class Session:
             "verb": self.verb,
             "config": self.config.to_dict(),
             "evaluated": self._evaluated,
+            "best": self._best,
             **state,
         }
         with self.phase("save"):
@@ -221,7 +286,9 @@ class Session:
         self._finish_saving()
         if self.config.run.export:
             self._export(run_dir / "hf")
+        self.place.barrier()  # every rank has written what it saw
         if self.place.is_head:
+            merge(run_dir)
             write_report(run_dir)
             self.reporter.event("done", summary_line(run_dir))
         self.place.barrier()

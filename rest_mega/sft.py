@@ -9,6 +9,7 @@ import numpy as np
 from rest_mega.assemble import open_session, read_inputs
 from rest_mega.config import ConfigError, RunConfig, require
 from rest_mega.data.prompts import load_dialogues
+from rest_mega.evaluation.split import check_dialogues
 from rest_mega.records import Sample
 from rest_mega.session import Inputs, Session
 
@@ -23,17 +24,20 @@ def run(config: RunConfig, read: tuple[Inputs, list[Sample]]) -> int:
     """Train on the assistant turns of `sft.data` for `run.steps` steps; evaluates at the end if
     prompts are given."""
     inputs, samples = read
-    total, rollouts = config.run.steps, bool(inputs.held_out)
+    total, rollouts = config.run.steps, inputs.evaluated
     with open_session(config, inputs, "sft", total_steps=total, rollouts=rollouts) as session:
         return _loop(session, samples)
 
 
 def read_samples(config: RunConfig, inputs: Inputs) -> list[Sample]:
     """Every dialogue of `sft.data` as ids and mask; ConfigError for one that does not fit into a
-    micro-batch."""
+    micro-batch, or holds what is evaluated."""
     require(bool(config.sft.data), "sft.data is empty; name a JSONL file of chat dialogues")
+    dialogues = load_dialogues(config.sft.data)
+    named = ((f"{config.sft.data}: dialogue {n}", m) for n, (m, _) in enumerate(dialogues, start=1))
+    check_dialogues(named, inputs.held_out, inputs.benchmarks)
     samples = []
-    for number, (messages, tools) in enumerate(load_dialogues(config.sft.data), start=1):
+    for number, (messages, tools) in enumerate(dialogues, start=1):
         try:
             ids, mask = inputs.chat.dialogue_ids(messages, tools)
         except ConfigError as error:

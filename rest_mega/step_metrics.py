@@ -3,6 +3,7 @@ report."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,23 +13,42 @@ from rest_mega.credit import weights as credit
 from rest_mega.credit.regions import tag_trajectory
 from rest_mega.data.tokenizer import Tokenizer
 from rest_mega.dialects import Region
-from rest_mega.records import Floats, StepResult
+from rest_mega.records import Floats, StepResult, Trajectory
 from rest_mega.rollout_step import RolloutView
+from rest_mega.trainer.global_rows import TokenTrace
 
 STOPS = ("answered", "turn_limit", "token_limit", "length")
 
 
 def report_rows(
-    view: RolloutView, tokenizer: Tokenizer, dialect: str, raw_K: Floats, count: int
+    view: RolloutView,
+    tokenizer: Tokenizer,
+    dialect: str,
+    raw_K: Floats,
+    traces: Sequence[TokenTrace],
+    count: int,
 ) -> list[dict[str, Any]]:
-    """At most `count` trajectories, whole groups first, as the report shows them; advantages are
-    the task's, before any credit.kl_reward."""
+    """At most `count` trajectories, whole groups first, as the report shows them.
+
+    `traces`: of the first trained trajectories. `advantage` of a trajectory is the task's, that of
+    its tokens the loss's.
+    """
     flat = [(p, g) for p, group in enumerate(view.groups) for g in range(len(group))][:count]
-    return [_row(view, p, g, tokenizer, dialect, raw_K) for p, g in flat]
+    known = iter(traces)
+    return [
+        _row(view, p, g, tokenizer, dialect, raw_K, next(known) if view.trained_P[p] else None)
+        for p, g in flat
+    ]
 
 
 def _row(
-    view: RolloutView, p: int, g: int, tokenizer: Tokenizer, dialect: str, raw_K: Floats
+    view: RolloutView,
+    p: int,
+    g: int,
+    tokenizer: Tokenizer,
+    dialect: str,
+    raw_K: Floats,
+    trace: TokenTrace | None,
 ) -> dict[str, Any]:
     t = view.groups[p][g]
     regions_T = tag_trajectory(t, dialect, tokenizer.token_bytes)
@@ -43,31 +63,39 @@ def _row(
         "advantage": float(view.advantages_PG[p, g]),
         "success": t.result.get("success"),
         "stop": t.stop,
-        "tokens": [
-            [
-                tokenizer.token_bytes(int(i)).decode("utf-8", "replace"),
-                int(r),
-                *_numbers(m, w, lp),
-            ]
-            for i, r, m, w, lp in zip(
-                t.ids_T, regions_T, t.mask_T, weights_T, t.logprobs_T, strict=True
-            )
-        ],
+        "text": [tokenizer.token_bytes(int(i)).decode("utf-8", "replace") for i in t.ids_T],
+        "region": regions_T.tolist(),
+        "turn": t.turn_T.tolist(),
+        "sampled": _columns(t, weights_T, trace),
         "turns": [
             {
+                "start": turn.start,
+                "well_formed": turn.well_formed,
+                "ended": turn.ended,
                 "calls": [{"name": c.name, "arguments": dict(c.arguments)} for c in turn.calls],
-                "outcomes": [{"status": o.status, "content": o.content} for o in turn.outcomes],
+                "outcomes": [
+                    {"status": o.status, "content": o.content, "seconds": round(o.seconds, 4)}
+                    for o in turn.outcomes
+                ],
             }
             for turn in t.turns
         ],
     }
 
 
-def _numbers(sampled: bool, weight: float, logprob: float) -> list[float | None]:
-    """[weight, log-prob, entropy] of a token; the lead does not know entropies."""
-    return (
-        [round(float(weight), 4), round(float(logprob), 4), None] if sampled else [None, None, None]
-    )
+def _columns(
+    t: Trajectory, weights_T: Floats, trace: TokenTrace | None
+) -> dict[str, list[float | None]]:
+    """What is known of the sampled tokens alone, in their order, to four digits; null where
+    training has not seen one. `gap`: trainer's log-prob less the engine's."""
+    columns = {"logprob": t.logprobs_T, "weight": weights_T}
+    if trace is not None:
+        columns |= {"gap": trace.trainer_T - t.logprobs_T, "entropy": trace.entropy_T}
+        columns |= {"advantage": trace.advantage_T}
+    return {
+        name: [float(f"{x:.4g}") if math.isfinite(x) else None for x in column_T[t.mask_T].tolist()]
+        for name, column_T in columns.items()
+    }
 
 
 def rollout_metrics(view: RolloutView) -> dict[str, tuple[float, float]]:

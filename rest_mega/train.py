@@ -10,12 +10,13 @@ from rest_mega import guard
 from rest_mega.assemble import open_session, read_inputs
 from rest_mega.config import RunConfig
 from rest_mega.credit import weights as credit
-from rest_mega.credit.advantages import token_rule
+from rest_mega.credit.advantages import BATCH_METHODS, METHODS, token_rule
 from rest_mega.credit.assign import penalised
 from rest_mega.credit.entropy import EntropyTracker
 from rest_mega.data.prompts import PromptStream
 from rest_mega.dialects import Region
 from rest_mega.dump import end_run
+from rest_mega.losses.policy import SURROGATES
 from rest_mega.nonfinite import NONFINITE, NonFinite
 from rest_mega.records import Microbatch
 from rest_mega.rollout_step import Rollout, Rollouts
@@ -28,8 +29,11 @@ from rest_mega.trainer.trainer import Scores
 
 def read(config: RunConfig) -> Inputs:
     """Everything that the run reads, checked before the ranks meet."""
+    inputs = read_inputs(config, "train")
+    methods = (*METHODS, *BATCH_METHODS)
+    config.check_names({"loss.policy": SURROGATES, "credit.advantage": methods})
     credit.settle(config.credit)
-    return read_inputs(config, "train")
+    return inputs
 
 
 def run(config: RunConfig, inputs: Inputs) -> int:
@@ -123,7 +127,9 @@ class Loop:
         metrics |= s.place.merge({**rollout_metrics(rollout.view), **kl}) | rollout.counts | watched
         self.step = step
         tokenizer, shown = s.inputs.tokenizer, config.telemetry.trajectories
-        rows = report_rows(rollout.view, tokenizer, config.tokenizer.dialect, raw_K, shown)
+        lengths = [len(sample.ids_T) for sample in rollout.samples[:shown]]
+        traces = s.trainer.rows.traces(parts, scores, lengths)
+        rows = report_rows(rollout.view, tokenizer, config.tokenizer.dialect, raw_K, traces, shown)
         s.reporter.step(step, metrics, rows)
         if self.nonfinite.too_many(step, rollout, parts, scores, results):
             s.keep(step, **self._state())

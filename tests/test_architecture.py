@@ -38,9 +38,9 @@ ARROWS: dict[str, set[str]] = {
 }
 """Room -> the rooms it may import besides itself and the ground; downwards only."""
 TOP = {
-    "__main__", "assemble", "cli", "convert", "dump", "evaluate", "guard", "nonfinite",
-    "replay", "rollout_step", "run_directory", "session", "sft", "step_metrics", "stop", "train",
-    "watchdog",
+    "__main__", "assemble", "benchmark", "cli", "compare", "convert", "dump", "evaluate", "guard",
+    "nonfinite", "replay", "rollout_step", "run_directory", "session", "sft", "step_metrics",
+    "stop", "tail", "train", "watchdog",
 }  # fmt: skip
 """Modules that put rooms together; no room imports them."""
 UNPICKLER = "trainer/checkpoint_pickles.py"

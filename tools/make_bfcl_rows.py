@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rest_mega.environments.bfcl import BfclEnvironment, function_specs, gold_call
-from rest_mega.environments.bfcl_package import package_data
+from rest_mega.environments.bfcl import BfclEnvironment, gold_call
+from rest_mega.environments.bfcl_package import function_specs, package_data
 from rest_mega.environments.tools import ToolError
 from rest_mega.records import ToolCall
 

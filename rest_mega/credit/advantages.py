@@ -101,10 +101,23 @@ def _rloo(centred: Doubles) -> Doubles:
     return np.asarray(centred * (siblings / (siblings - 1)))
 
 
-METHODS: Mapping[str, Callable[[Doubles], Doubles]] = MappingProxyType(
-    {"grpo": _grpo, "dr_grpo": _dr_grpo, "rloo": _rloo}
-)
-"""Name -> function of the rewards centred on their group's mean, G > 1."""
+Method = Callable[[Doubles], Doubles]
+"""Rewards [P, G > 1], each group centred on its mean -> advantages [P, G]."""
+METHODS: dict[str, Method] = {"grpo": _grpo, "dr_grpo": _dr_grpo, "rloo": _rloo}
+"""Name -> method; `credit.advantage` chooses from it and BATCH_METHODS."""
+
+
+def advantage(name: str) -> Callable[[Method], Method]:
+    """Register the decorated function as `name`; ConfigError where the name is taken. Groups of
+    equal rewards have advantage 0 whatever it gives."""
+
+    def register(function: Method) -> Method:
+        free = name not in METHODS and name not in BATCH_METHODS
+        require(free, f"the advantage {name!r} is registered already; choose another name")
+        METHODS[name] = function
+        return function
+
+    return register
 
 
 def _reinforce(rewards: Doubles, batch: Doubles) -> Doubles:

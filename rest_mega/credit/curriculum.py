@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import numpy as np
 
@@ -50,36 +49,34 @@ def _shift(rising: tuple[Region, ...], falling: tuple[Region, ...]) -> dict[Regi
     return {r: Line(0.8, 0.4) for r in rising} | {r: Line(1.2, -0.4) for r in falling}
 
 
-CURRICULA: Mapping[str, Curriculum] = MappingProxyType(
-    {
-        # First learn the form of a call, then what to put into it. END_OF_TURN and MALFORMED stay
-        # at 1.
-        "rest": Curriculum(
-            _shift(
-                rising=(Region.REASONING, Region.ANSWER, Region.ARG_KEY, Region.ARG_VALUE),
-                falling=(*STRUCTURE, Region.ARG_SCAFFOLD),
-            )
-        ),
-        # The paper's form; all regions equal at nu = 0, where the weights are Eq. 9 alone.
-        "rest-paper": Curriculum(
-            {
-                Region.FORMAT: Line(1.0, -0.5),
-                **dict.fromkeys((*ARGUMENTS, Region.REASONING), Line(1.0, 0.5)),
-            }
-        ),
-        "rest-code": Curriculum(
-            {
-                Region.FORMAT: Line(1.0),
-                Region.TOOL_NAME: Line(1.2),
-                Region.REASONING: Line(0.6, 0.002, 1.0),
-                **dict.fromkeys(ARGUMENTS, Line(0.6, 0.002, 1.2)),
-            },
-            others=Line(0.0),
-            in_steps=True,
-        ),
-        "uniform": Curriculum(),
-    }
-)
+CURRICULA: dict[str, Curriculum] = {
+    # First learn the form of a call, then what to put into it. END_OF_TURN and MALFORMED stay
+    # at 1.
+    "rest": Curriculum(
+        _shift(
+            rising=(Region.REASONING, Region.ANSWER, Region.ARG_KEY, Region.ARG_VALUE),
+            falling=(*STRUCTURE, Region.ARG_SCAFFOLD),
+        )
+    ),
+    # The paper's form; all regions equal at nu = 0, where the weights are Eq. 9 alone.
+    "rest-paper": Curriculum(
+        {
+            Region.FORMAT: Line(1.0, -0.5),
+            **dict.fromkeys((*ARGUMENTS, Region.REASONING), Line(1.0, 0.5)),
+        }
+    ),
+    "rest-code": Curriculum(
+        {
+            Region.FORMAT: Line(1.0),
+            Region.TOOL_NAME: Line(1.2),
+            Region.REASONING: Line(0.6, 0.002, 1.0),
+            **dict.fromkeys(ARGUMENTS, Line(0.6, 0.002, 1.2)),
+        },
+        others=Line(0.0),
+        in_steps=True,
+    ),
+    "uniform": Curriculum(),
+}
 
 
 def prior(preset: str, progress: float, step: int) -> Floats:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 import numpy as np
 
 from rest_mega.config import CreditConfig, one_of, require
-from rest_mega.credit.curriculum import prior
+from rest_mega.credit.curriculum import CURRICULA, Curriculum, prior
 from rest_mega.dialects import Region
 from rest_mega.records import Bools, Floats, Ints, SmallInts
 
@@ -44,16 +44,21 @@ class Preset:
     w_max: float = math.inf
 
 
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "rest": Preset(tau=0.25, entropy_floor=0.05, w_min=0.25, w_max=4.0),
-        "rest-paper": Preset(tau=1.0, entropy_floor=1e-4, w_min=1e-3, w_max=8.0),
-        "rest-code": Preset(),
-        "uniform": Preset(),
-    }
-)
+PRESETS: dict[str, Preset] = {
+    "rest": Preset(tau=0.25, entropy_floor=0.05, w_min=0.25, w_max=4.0),
+    "rest-paper": Preset(tau=1.0, entropy_floor=1e-4, w_min=1e-3, w_max=8.0),
+    "rest-code": Preset(),
+    "uniform": Preset(),
+}
 """rest: every region trained, the entropies tempered. rest-paper: Eq. 9 as it stands. rest-code:
 the constants of the authors' code, zero outside their regions. uniform: plain GRPO."""
+
+
+def add_preset(name: str, preset: Preset, curriculum: Curriculum) -> None:
+    """Make `name` known to `credit.preset`; ConfigError where the name is taken."""
+    free = name not in PRESETS
+    require(free, f"the preset {name!r} is registered already; choose another name")
+    PRESETS[name], CURRICULA[name] = preset, curriculum
 
 
 def settle(config: CreditConfig) -> Preset:

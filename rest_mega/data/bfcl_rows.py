@@ -9,6 +9,8 @@ Source: the checker of the package bfcl-eval (Apache-2.0), eval_checker/ast_eval
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,36 @@ TYPES: Mapping[str, str] = {
 MORE_FUNCTIONS = "I have updated some more functions you can choose from. What about now?"
 """What the user says in a turn without a message, which offers functions that were missing before
 (constants/default_prompts.py of bfcl-eval)."""
+
+_MULTI_TURN = re.compile(
+    r"multi_turn_(?:base|miss_func|miss_param|long_context)_([0-9]+)(?:-[0-9]+)?"
+)
+"""Id of an entry of several turns, or of the row of one of its turns."""
+
+
+def scenario(entry_id: str) -> str:
+    """What an entry is made from: entries of several turns with one number tell nearly the same
+    story in all four categories; any other entry stands for itself."""
+    found = _MULTI_TURN.fullmatch(entry_id)
+    return f"multi_turn_{found.group(1)}" if found else entry_id
+
+
+def split(entry_id: str) -> str:
+    """Either "train" or "test", the side of BFCL's entry (or of a row made of one of its turns).
+
+    Half of the scenarios of several turns may be trained on, in all four categories or in none, as
+    a hash of the scenario says; entries of one turn are for testing alone. A score that is compared
+    with what was trained on is one of the test side's tasks.
+    """
+    name = scenario(entry_id)
+    digest = hashlib.blake2b(f"bfcl {name}".encode(), digest_size=8).digest()
+    return "train" if name != entry_id and digest[0] < 128 else "test"
+
+
+def training_side(entry_id: str) -> str:
+    """`split` of an entry of several turns; empty for all others, whose questions may be anyone's
+    in BFCL's form."""
+    return split(entry_id) if scenario(entry_id) != entry_id else ""
 
 
 def bfcl_rows(path: Path) -> Iterator[Row]:

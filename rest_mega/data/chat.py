@@ -70,9 +70,9 @@ class ChatFormat:
         """A whole dialogue token for token as a rollout would have built it, and which tokens to
         train.
 
-        The mask is True on assistant replies and their end-of-turn tokens; each reply is tokenised
-        on its own, as if sampled. The last message must be the assistant's, and no two of its
-        messages adjacent. Raises ValueError otherwise.
+        The mask is True on assistant replies (but those of OpenAI's `weight` 0) and their
+        end-of-turn tokens; each reply is tokenised on its own, as if sampled. The last message must
+        be the assistant's, and no two of its messages adjacent. Raises ValueError otherwise.
         """
         turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         _check_turns(messages, turns)
@@ -82,7 +82,8 @@ class ChatFormat:
             between = [] if previous is None else self._delta(messages[previous + 1 : turn])
             reply = [*self._after_end(self.reply_text(messages[turn])), self._end_id]
             ids += between + reply
-            mask += [False] * len(between) + [True] * len(reply)
+            trained = messages[turn].get("weight", 1) != 0
+            mask += [False] * len(between) + [trained] * len(reply)
         return ids, mask
 
     def render(

@@ -11,10 +11,10 @@ policy should call nothing there) and its text `task["response"]`.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rest_mega.data.messages import plain_message
 from rest_mega.data.prompts import messages_of, prompt_of
 from rest_mega.data.rows import digest, expect, known_keys
 from rest_mega.dialects import DIALECTS
@@ -83,57 +83,14 @@ def _task(place: str, turn: int, reply: Mapping[str, Any], tools: Sequence[Any])
 
 
 def _message(place: str, key: str, message: object) -> dict[str, Any]:
-    """An OpenAI message: absent fields left out, text parts joined, arguments as objects."""
-    expect(isinstance(message, dict), place, key, message, 'an object {"role", "content"}')
-    assert isinstance(message, dict), message
-    plain = {k: v for k, v in message.items() if v is not None}
-    if "function_call" in plain:
-        rule = "written as tool_calls"
-        expect(False, place, f"{key}.function_call", plain["function_call"], rule)
-    plain["content"] = _text(place, f"{key}.content", message.get("content"))
+    """A plain message; the assistant's must not write calls as text, as gold they would be lost."""
+    plain = plain_message(place, key, message)
     if plain.get("role") == "assistant":
         _check_text(place, f"{key}.content", plain["content"] or "")
-    calls = plain.pop("tool_calls", None) or []
-    expect(isinstance(calls, list), place, f"{key}.tool_calls", calls, "a list of calls")
-    if calls:
-        plain["tool_calls"] = [
-            _call(place, f"{key}.tool_calls[{n}]", c) for n, c in enumerate(calls)
-        ]
     return plain
-
-
-def _text(place: str, key: str, content: Any) -> Any:
-    """Content as one string; OpenAI's text parts are joined."""
-    if not isinstance(content, list):
-        return content
-    texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-    good = all(isinstance(text, str) for text in texts)
-    expect(good, place, key, content, "text, or a list of text parts")
-    return "".join(str(text) for text in texts)
 
 
 def _check_text(place: str, key: str, text: object) -> None:
     found = [tag for tag in CALL_TAGS if isinstance(text, str) and tag in text]
     rule = "without calls written as text; give them as tool_calls"
     expect(not found, place, key, text, rule, ", ".join(found))
-
-
-def _call(place: str, key: str, call: Any) -> dict[str, Any]:
-    """{"function": {"name", "arguments"}, ...} with the arguments as an object: templates that
-    write JSON would quote a string once more."""
-    function = call.get("function") if isinstance(call, dict) else None
-    rule = '{"function": {"name": string, "arguments": an object or its JSON}}'
-    name = function.get("name") if isinstance(function, dict) else None
-    arguments = _arguments(function.get("arguments")) if isinstance(function, dict) else None
-    expect(isinstance(name, str) and arguments is not None, place, key, call, rule)
-    return {**call, "function": {"name": name, "arguments": arguments}}
-
-
-def _arguments(value: object) -> dict[str, Any] | None:
-    """Arguments as an object; None where they are none."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value or "{}")
-        except (ValueError, RecursionError):
-            return None
-    return value if isinstance(value, dict) else None

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rest_mega.data.bfcl_rows import bfcl_prompt, bfcl_rows
+from rest_mega.data.bfcl_rows import bfcl_prompt, bfcl_rows, training_side
 from rest_mega.data.chat_rows import chat_prompts, dialogue_id
 from rest_mega.data.prompts import prompt_of, toolrl_task
 from rest_mega.data.rows import Row, RowError, digest, expect, read_rows
@@ -38,6 +38,8 @@ class Format:
     read: Callable[[Path], Iterator[Row]] = read_rows
     row_id: Callable[[Prompt], str] = attrgetter("id")
     """A prompt's row: prompts of one row stay on one side of a split."""
+    side: Callable[[str], str] = lambda _: ""
+    """Id of a prompt -> "train" or "test" where its data has a split of its own; else empty."""
 
 
 def _toolrl(place: str, row: Mapping[str, Any]) -> list[Prompt]:
@@ -95,7 +97,7 @@ def _ours(place: str, row: Mapping[str, Any]) -> list[Prompt]:
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         "toolrl": Format(_toolrl),
-        "bfcl": Format(bfcl_prompt, bfcl_rows),
+        "bfcl": Format(bfcl_prompt, bfcl_rows, side=training_side),
         "api-bank": Format(_api_bank),
         "chat": Format(chat_prompts, row_id=dialogue_id),
         "prompts": Format(_ours),

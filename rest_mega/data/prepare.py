@@ -2,8 +2,8 @@
 within a length, split.
 
 - every prompt that was converted is counted once: train + held_out + duplicates + too_long;
-- a row is on the side of the split that a hash of (seed, its id) says: rows that are added, left
-  out or moved change the side of no other row;
+- a row is on the side of the split that a hash of (seed, its id) says, or the split that its data
+  comes with: rows that are added, left out or moved change the side of no other row;
 - of prompts that show the model the same messages and tools the first is kept, unless their
   environments or what these are given besides gold calls differ (a state, turns to come);
 - files are written under another name beside their own and renamed when all are complete.
@@ -151,6 +151,9 @@ class _Work:
                 rule = "an id of its own for every prompt"
                 problem = f"id={one.prompt.id!r} was used at {used}; there must be {rule}"
                 raise RowError(row.place, problem, f"there must be {rule}")
+            if not self._plan.held_out and self._form.side(one.prompt.id) == "test":
+                rule = "a file for held-out prompts, where rows of the data's test split go"
+                raise RowError(row.place, f"id={one.prompt.id!r} needs {rule}", rule)
         return [replace(one, tokens=self._tokens(row.place, one.prompt)) for one in candidates]
 
     def _tokens(self, place: str, prompt: Prompt) -> int:
@@ -176,13 +179,18 @@ class _Work:
                 report.too_long += 1
                 continue
             report.longest = max(report.longest, one.tokens)
-            row_id = self._form.row_id(one.prompt)
-            if plan.held_out and is_held_out(row_id, plan.seed, plan.share):
+            if plan.held_out and self._is_held_out(one.prompt):
                 report.held_out += 1
                 yield "held_out", one.line
             else:
                 report.train += 1
                 yield "train", one.line
+
+    def _is_held_out(self, prompt: Prompt) -> bool:
+        side = self._form.side(prompt.id)
+        if side:
+            return side == "test"
+        return is_held_out(self._form.row_id(prompt), self._plan.seed, self._plan.share)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ import numpy as np
 
 from rest_mega import dialects
 from rest_mega.config import require
+from rest_mega.data.messages import plain_message
 from rest_mega.data.rows import RowError, expect, known_keys, read_rows
 from rest_mega.records import Message, Prompt
 
 ROLES = ("system", "user", "assistant", "tool")
 PROMPT_KEYS = ("id", "messages", "tools", "environment", "task")
-DIALOGUE_KEYS = ("id", "messages", "tools")
+DIALOGUE_KEYS = ("id", "messages", "tools", "parallel_tool_calls")
 TOOLRL_KEYS = frozenset(("prompt", "reward_model"))
 
 Dialogue = tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]
@@ -107,8 +108,8 @@ def load_prompts(path: str | Path, system: str = "") -> list[Prompt]:
 
 
 def load_dialogues(path: str | Path) -> list[Dialogue]:
-    """Every dialogue {"messages", "tools"?} of a file, in its order; errors as in
-    `load_prompts`."""
+    """Every dialogue {"messages", "tools"?} of a file of OpenAI's chat rows, in its order and in
+    plain form (`plain_message`); errors as in `load_prompts`."""
     return [_dialogue(place, row) for place, row in _objects(Path(path))]
 
 
@@ -159,8 +160,27 @@ def _prompt(place: str, row: Mapping[str, Any]) -> Prompt:
 
 def _dialogue(place: str, row: Mapping[str, Any]) -> Dialogue:
     known_keys(place, row, DIALOGUE_KEYS)
-    messages = messages_of(place, "messages", row.get("messages"), last=("assistant",))
-    return messages, _tools(place, row.get("tools", []))
+    listed = row.get("messages")
+    if isinstance(listed, list):
+        listed = [plain_message(place, f"messages[{n}]", m) for n, m in enumerate(listed)]
+    messages = messages_of(place, "messages", listed, last=("assistant",))
+    for number, message in enumerate(messages):
+        _check_weight(place, f"messages[{number}]", message)
+    return messages, _tools(place, row.get("tools") or [])
+
+
+def _check_weight(place: str, key: str, message: Message) -> None:
+    """OpenAI's `weight`, which keeps an assistant's message out of the loss, is 0 or 1."""
+    weight, role = message.get("weight", 1), message["role"]
+    expect(weight in (0, 1), place, f"{key}.weight", weight, "0 (not trained) or 1")
+    expect(
+        "weight" not in message or role == "assistant",
+        place,
+        f"{key}.weight",
+        weight,
+        "absent",
+        f"role {role!r} is never trained",
+    )
 
 
 def messages_of(place: str, key: str, messages: object, last: Sequence[str]) -> tuple[Message, ...]:

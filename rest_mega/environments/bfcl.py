@@ -15,7 +15,8 @@ gold calls was among the episode's so far. A turn of several that has no gold ca
 whatever was called (what that changed shows in the next turn); where it is the only one, nothing
 may be called. The episode succeeds when all turns were played and are right.
 
-"benchmark": true in a task leads the episode as BFCL's runner does (see `BENCHMARK`).
+"benchmark": true in a task leads the episode as BFCL's runner does (see `BENCHMARK`), "prompted":
+true says that the prompt's messages show the functions, and no tools are to be shown beside.
 
 The backends are built directly: BFCL's own executor evaluates model text as Python and keeps its
 objects in module globals. Its 800 multi-turn entries are a benchmark: which of them may be trained
@@ -35,21 +36,23 @@ from types import FunctionType
 from typing import Any
 
 from rest_mega.config import ConfigError, one_of, require
+from rest_mega.environments.bfcl_decode import read
 from rest_mega.environments.bfcl_package import (
     backend,
+    benchmark_specs,
     function_documents,
+    function_specs,
     official,
-    tool_specs,
 )
 from rest_mega.environments.schema import Spec, spec_name
 from rest_mega.environments.tools import Conduct, ToolError, Traits
 from rest_mega.records import ToolCall
 
-BENCHMARK = Conduct(checked=False, most_steps=20)
+BENCHMARK = Conduct(checked=False, read=read, most_steps=20)
 """As BFCL's runner leads an episode (model_handler/base_handler.py, MAXIMUM_STEP_LIMIT of
-constants/default_prompts.py): calls are run as they are written, a reply that cannot be read ends
-the user's turn, and the episode ends with the 21st reply with calls to one message."""
-_JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
+constants/default_prompts.py): replies are read as its handlers do, calls are run as they are
+written, a reply without any that can be read ends the user's turn, and the episode ends with the
+21st reply with calls to one message."""
 _ERROR = "Error during execution: "
 """What BFCL's executor writes before the text of an exception."""
 FORCED = "multi_turn:force_terminated"
@@ -81,6 +84,8 @@ class BfclEnvironment:
     def specs(self) -> Sequence[Spec]:
         """Specs of all functions but those that a later turn offers."""
         later = {name for turn in self._turns[len(self._verdicts) + 1 :] for name in turn.offers}
+        if self._task.get("prompted", False):
+            return []
         return [spec for spec in self._everything if spec_name(spec) not in later]
 
     def call(self, call: ToolCall) -> str:
@@ -100,8 +105,15 @@ class BfclEnvironment:
         if len(self._verdicts) == len(self._turns):
             return None
         turn = self._turns[len(self._verdicts)]
+        if turn.offers and self._task.get("prompted", False):  # as BFCL's runner writes them then
+            return f"{self._documents(turn.offers)}\n{turn.user}"
         offered = [spec for spec in self._everything if spec_name(spec) in turn.offers]
         return "\n".join([*map(json.dumps, offered), turn.user])
+
+    def _documents(self, names: Sequence[str]) -> list[Mapping[str, Any]]:
+        """BFCL's of these functions; its runner puts no hints into what it offers later."""
+        every = [one for kind in self._task["classes"] for one in function_documents(kind)]
+        return [next(one for one in every if one["name"] == name) for name in names]
 
     def finish(self, answer: str) -> dict[str, Any]:
         """All turns; one that was cut off is judged by what it reached. `kind` and `reason` are
@@ -160,7 +172,7 @@ class _Turn:
 
     def __init__(self, turn: Mapping[str, Any], classes: Sequence[str]) -> None:
         self.user = str(turn.get("user", ""))
-        self.offers = frozenset(turn.get("offers", ()))
+        self.offers = tuple(turn.get("offers", ()))
         self.calls = [gold_call(call, classes) for call in turn["calls"]]
 
 
@@ -258,39 +270,3 @@ def _text(result: Any) -> str:
         except (TypeError, ValueError):
             return str(result)
     return str(result)
-
-
-@lru_cache
-def function_specs(name: str) -> tuple[Spec, ...]:
-    """OpenAI function specs of a backend class, from BFCL's own documents."""
-    return tuple(
-        {
-            "type": "function",
-            "function": {
-                "name": document["name"],
-                "description": document["description"],
-                "parameters": _json_schema(document["parameters"]),
-            },
-        }
-        for document in function_documents(name)
-    )
-
-
-@lru_cache
-def benchmark_specs(name: str) -> tuple[Spec, ...]:
-    """The same as BFCL's runner shows them."""
-    return tuple(tool_specs(function_documents(name), "multi_turn"))
-
-
-def _json_schema(schema: Any) -> Any:
-    """BFCL writes Python's names of types; objects without named properties take any."""
-    if isinstance(schema, list):
-        return [_json_schema(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {key: _json_schema(value) for key, value in schema.items()}
-    if isinstance(kind := schema.get("type"), str):
-        found["type"] = _JSON_TYPES.get(kind, kind)
-        if found["type"] == "object" and not schema.get("properties"):
-            found["additionalProperties"] = True
-    return found

@@ -24,6 +24,7 @@ from typing import Any
 
 from rest_mega.config import ConfigError, one_of, require
 from rest_mega.environments.schema import Spec
+from rest_mega.records import Message
 
 VERSION = "2026.3.23"
 """Of bfcl-eval."""
@@ -39,6 +40,7 @@ BACKENDS: Mapping[str, str] = {
 }
 """Class -> its module, and the file of its function documents."""
 
+_JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 _IMPORTING = threading.RLock()
 
 
@@ -112,13 +114,20 @@ def function_documents(name: str) -> tuple[Mapping[str, Any], ...]:
     return tuple(json.loads(line) for line in file.read_text("utf-8").splitlines() if line)
 
 
-def tool_specs(documents: Sequence[Mapping[str, Any]], category: str) -> list[Spec]:
-    """OpenAI specs of function documents as BFCL's runner shows them to models with tool use: types
-    of JSON schema, and hints at the language. Names keep their dots."""
+def with_hints(documents: Sequence[Mapping[str, Any]], category: str) -> list[Mapping[str, Any]]:
+    """Function documents as BFCL's runner shows them: the language is named, and arguments in Java
+    and JavaScript are strings."""
     entry = {"id": f"{category}_0", "function": copy.deepcopy(list(documents))}
     (hinted,) = official("utils").add_language_specific_hint_to_function_doc([entry])
+    found: list[Mapping[str, Any]] = hinted["function"]
+    return found
+
+
+def tool_specs(documents: Sequence[Mapping[str, Any]], category: str) -> list[Spec]:
+    """OpenAI specs of function documents as BFCL's runner shows them to models with tool use: with
+    hints, and types of JSON schema. Names keep their dots."""
     converted = official("model_handler.utils").convert_to_tool(
-        hinted["function"],
+        with_hints(documents, category),
         official("constants.type_mappings").GORILLA_TO_OPENAPI,
         official("constants.enums").ModelStyle.OPENAI_COMPLETIONS,
     )
@@ -126,3 +135,50 @@ def tool_specs(documents: Sequence[Mapping[str, Any]], category: str) -> list[Sp
         {**spec, "function": {**spec["function"], "name": document["name"]}}
         for spec, document in zip(converted, documents, strict=True)
     ]
+
+
+def prompted(
+    messages: Sequence[Message], documents: Sequence[Mapping[str, Any]], category: str
+) -> list[Message]:
+    """The messages with BFCL's own system prompt before them, which shows the functions and asks
+    for Python calls: what its runner tells models without tool use."""
+    write = official("model_handler.utils").system_prompt_pre_processing_chat_model
+    hinted = with_hints(documents, category)
+    found: list[Message] = write(copy.deepcopy(list(messages)), hinted, f"{category}_0")
+    return found
+
+
+@lru_cache
+def function_specs(name: str) -> tuple[Spec, ...]:
+    """OpenAI function specs of a backend class, from BFCL's own documents."""
+    return tuple(
+        {
+            "type": "function",
+            "function": {
+                "name": document["name"],
+                "description": document["description"],
+                "parameters": _json_schema(document["parameters"]),
+            },
+        }
+        for document in function_documents(name)
+    )
+
+
+@lru_cache
+def benchmark_specs(name: str) -> tuple[Spec, ...]:
+    """The same as BFCL's runner shows them."""
+    return tuple(tool_specs(function_documents(name), "multi_turn"))
+
+
+def _json_schema(schema: Any) -> Any:
+    """BFCL writes Python's names of types; objects without named properties take any."""
+    if isinstance(schema, list):
+        return [_json_schema(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _json_schema(value) for key, value in schema.items()}
+    if isinstance(kind := schema.get("type"), str):
+        found["type"] = _JSON_TYPES.get(kind, kind)
+        if found["type"] == "object" and not schema.get("properties"):
+            found["additionalProperties"] = True
+    return found

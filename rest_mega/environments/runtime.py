@@ -118,6 +118,10 @@ class EpisodeTools:
         self._steps += 1
         return answer_calls(self, reply, runtime.limits, cut=runtime.cut, budget=self._budget)
 
+    def read(self, text: bytes, dialect: str) -> Reply:
+        """A reply's calls and texts, as the environment wants replies to be read."""
+        return self.conduct.read(text, dialect)
+
     def takes(self, reply: Reply) -> bool:
         """Whether there is something in the reply to be answered by `answer`."""
         answers = self._prompt.environment != "none"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 from rest_mega.config import require
+from rest_mega.dialects import Reply, parse
 from rest_mega.environments.results import as_text
 from rest_mega.environments.schema import Spec, function_spec
 from rest_mega.records import ToolCall
@@ -55,6 +56,8 @@ class Conduct:
     """Calls are checked before they reach the environment (their number, name and arguments), and a
     reply that cannot be read gets an answer. Else calls reach it as they are written, and such a
     reply is one without calls."""
+    read: Callable[[bytes, str], Reply] = parse
+    """(a reply, its dialect) -> its calls and texts."""
     most_steps: int | None = None
     """Replies with calls to one message of the user; the episode ends with the first one more."""
 

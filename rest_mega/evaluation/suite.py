@@ -56,6 +56,8 @@ class Played:
     """Sampled tokens of each turn; empty where an endpoint does not tell them."""
     note: str = ""
     """Why nothing was sampled."""
+    dialect: str = ""
+    """In which the turns' texts were read; empty: their calls came as such from an endpoint."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ SUITES: Mapping[str, str] = MappingProxyType(
     {
         "api-bank": "rest_mega.evaluation.api_bank:ApiBank",
         "bfcl": "rest_mega.evaluation.bfcl_suite:Bfcl",
+        "bfcl-prompt": "rest_mega.evaluation.bfcl_suite:BfclPrompt",
     }
 )
 """Name -> "module:factory"; the factory takes the path of the data (empty: the suite's own)."""
@@ -156,8 +159,8 @@ def _rank(seed: int, name: str) -> bytes:
     return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
 
 
-def played_of(trajectory: Trajectory) -> Played:
-    """A trajectory as the judge sees it."""
+def played_of(trajectory: Trajectory, dialect: str = "") -> Played:
+    """A trajectory as the judge sees it, with the dialect of its replies."""
     ids = trajectory.ids_T.tolist()
     first = trajectory.turns[0].start if trajectory.turns else len(ids)
     return Played(
@@ -166,6 +169,7 @@ def played_of(trajectory: Trajectory) -> Played:
         result=trajectory.result,
         prompt_ids=tuple(ids[:first]),
         output_ids=tuple(tuple(ids[turn.start : turn.end]) for turn in trajectory.turns),
+        dialect=dialect,
     )
 
 

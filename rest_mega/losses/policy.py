@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from rest_mega.config import LossConfig
+from rest_mega.config import LossConfig, require
 
 LOG_RATIO_BOUND = 20.0
 
@@ -128,3 +128,20 @@ SURROGATES: dict[str, Surrogate] = {
     "gspo": gspo,
     "cispo": cispo,
 }
+"""Name -> surrogate; `loss.policy` chooses from it."""
+
+
+def surrogate(name: str) -> Callable[[Surrogate], Surrogate]:
+    """Register the decorated function as `name`; ConfigError where the name is taken.
+
+    It must be positively homogeneous in the advantage (credit.tokens scales advantages), and a row
+    may look at other rows through `sequences` alone.
+    """
+
+    def register(function: Surrogate) -> Surrogate:
+        free = name not in SURROGATES
+        require(free, f"the policy loss {name!r} is registered already; choose another name")
+        SURROGATES[name] = function
+        return function
+
+    return register

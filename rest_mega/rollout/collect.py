@@ -12,7 +12,7 @@ import numpy as np
 from rest_mega.config import ConfigError, EnvironmentConfig, RolloutConfig
 from rest_mega.data.chat import ChatFormat
 from rest_mega.data.tokenizer import Tokenizer
-from rest_mega.dialects import Reply, parse
+from rest_mega.dialects import Reply
 from rest_mega.environments import EpisodeTools, ToolRuntime
 from rest_mega.environments.deadline import together
 from rest_mega.records import Ints, Prompt, Trajectory, Turn
@@ -29,6 +29,10 @@ from rest_mega.rollout.episode import (
     trajectory_of,
 )
 from rest_mega.rollout.ledger import Ledger
+
+
+class PromptTooLongError(ConfigError):
+    """A prompt that leaves no room to reply."""
 
 
 def _nowhere(seed: str, member: Episode | Trajectory) -> None:
@@ -69,7 +73,7 @@ def _prompt_ids(
 ) -> list[int]:
     ids = chat.prompt_ids(prompt.messages, tools.specs)
     if len(ids) >= max_tokens:
-        raise ConfigError(
+        raise PromptTooLongError(
             f"prompt {prompt.id!r} has {len(ids)} tokens, rollout.max_tokens is {max_tokens}: "
             "raise rollout.max_tokens (and packing.tokens) or leave the prompt out"
         )
@@ -120,7 +124,8 @@ class Collector:
         Where the engine decodes every episode on its own, episodes are advanced from several
         threads at a time; an episode's own turns and calls come one after another.
         """
-        self._engine, self._tokenizer, self._chat, self._dialect = engine, tokenizer, chat, dialect
+        self._engine, self._tokenizer, self._chat = engine, tokenizer, chat
+        self.dialect = dialect
         self._config, self._limits, self._stop = config, limits, stop
         self._tools = ToolRuntime(limits, tokenizer)
         self._side_by_side = threading.BoundedSemaphore(limits.parallel_episodes)
@@ -250,7 +255,7 @@ class Collector:
         start, end = episode.ledger.sample(done, turn)
         ids = done.ids_T[:-1] if done.finished else done.ids_T
         text = b"".join(self._tokenizer.token_bytes(int(i)) for i in ids)
-        reply = parse(text, self._dialect)
+        reply = episode.tools.read(text, self.dialect)
         calls = done.finished and episode.tools.takes(reply)
         outcomes = episode.tools.answer(reply) if calls else ()
         episode.turns.append(

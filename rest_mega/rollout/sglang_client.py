@@ -14,6 +14,8 @@ from typing import Any
 import aiohttp
 import orjson
 
+from rest_mega.rollout.sglang_checksums import Kind
+
 
 class ServerLost(Exception):
     """The connection broke or a deadline passed: what the server did with the request is
@@ -45,6 +47,13 @@ class ServerInfo:
     longest_prompt: int
     """Tokens of input at most."""
     device: str
+    expert_size: int = 1
+    """Ranks that experts are spread over whole."""
+
+    @property
+    def kind(self) -> Kind:
+        """What its checksums depend on."""
+        return Kind(self.device, self.tensor_size, self.expert_size)
 
 
 class Client:
@@ -81,7 +90,10 @@ class Client:
         found = await self._json("GET", "/server_info")
         try:
             return ServerInfo(
-                int(found["tp_size"]), int(found["max_req_input_len"]), str(found["device"])
+                int(found["tp_size"]),
+                int(found["max_req_input_len"]),
+                str(found["device"]),
+                int(found.get("ep_size") or 1),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ServerRefused(f"{self.url}/server_info lacks {error}") from error
@@ -167,9 +179,14 @@ class Client:
         return version_number((await self._json("GET", "/model_info")).get("weight_version"))
 
     async def checksums(self) -> list[dict[str, str]]:
-        """Per rank of the server: name of a parameter as the server fuses it -> checksum."""
+        """Per tensor rank of the server: name of a parameter as the server fuses it -> checksum;
+        pipeline ranks together."""
         found = await self._done("/weights_checker", {"action": "checksum"})
-        return [dict(rank["checksums"]) for rank in found["ranks"]]
+        sums: dict[int, dict[str, str]] = {}
+        for rank in found["ranks"]:
+            place = rank["parallelism_info"][0]["tp_rank"]
+            sums.setdefault(place, {}).update(rank["checksums"])
+        return [sums[place] for place in sorted(sums)]
 
     async def _done(self, route: str, body: Mapping[str, Any]) -> dict[str, Any]:
         found = await self._json("POST", route, body)
@@ -185,13 +202,17 @@ class Client:
         seconds: float | None = None,
     ) -> dict[str, Any]:
         status, raw = await self._call(method, route, body, seconds or self._update_s)
-        if status != 200:
-            raise ServerRefused(f"{self.url}{route} answered {status}: {complaint(raw)}")
+        if not 200 <= status < 300:
+            raise self._failure(status, f"{self.url}{route} answered {status}: {complaint(raw)}")
         try:
             found = orjson.loads(raw)
         except orjson.JSONDecodeError:  # some routes answer with a sentence or nothing
             return {}
         return found if isinstance(found, dict) else {}
+
+    def _failure(self, status: int, text: str) -> Exception:
+        """What an answer with this status is."""
+        return ServerRefused(text)
 
     async def _call(
         self, method: str, route: str, body: Mapping[str, Any] | None, seconds: float

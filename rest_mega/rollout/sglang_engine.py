@@ -12,20 +12,16 @@ from typing import Any, TypeVar
 
 from rest_mega.config import SglangConfig, one_of
 from rest_mega.rollout.engine import Completion, Enough, Follow, Request, Sampling, never
+from rest_mega.rollout.sglang_checksums import Checksums, Kind, read_heads
 from rest_mega.rollout.sglang_episodes import Episodes
-from rest_mega.rollout.sglang_fleet import Fleet, Worker
+from rest_mega.rollout.sglang_fleet import Fleet
 from rest_mega.rollout.sglang_placement import Gpus
+from rest_mega.rollout.sglang_router import Router
 from rest_mega.rollout.sglang_server import Server, default_arguments
 from rest_mega.rollout.sglang_transports import Broadcast, Disk, Tensors, Transport
 from rest_mega.rollout.sglang_update import Update, rest, restore
-from rest_mega.rollout.sglang_weights import (
-    DTYPES,
-    Checksums,
-    Kept,
-    buckets,
-    checked,
-    expected_shapes,
-)
+from rest_mega.rollout.sglang_weights import DTYPES, Kept, buckets, checked, expected_shapes
+from rest_mega.rollout.sglang_worker import Worker
 
 T = TypeVar("T")
 
@@ -61,7 +57,9 @@ class SglangEngine:
         self._dtype = DTYPES[arguments["dtype"]]
         vocab_size = self._shapes["model.embed_tokens.weight"][0]
         self._kept = Kept(folder / "weights", model_path)
-        self._sums, self._version, self._loaded = Checksums(), -1, -1
+        self._heads = read_heads(model_path)
+        self._sums: dict[Kind, Checksums] = {}
+        self._version, self._loaded = -1, -1
         servers = [
             Server(config.python, arguments, config.environment, folder / f"server_{n}.log", own)
             for n, own in enumerate(gpus or [()] * config.servers)
@@ -69,7 +67,8 @@ class SglangEngine:
         ]
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True).start()
-        self._fleet, self._closed = Fleet(config, servers, self._restore), False
+        self.router = Router(config, folder) if config.router else None
+        self._fleet, self._closed = Fleet(config, servers, self._restore, self.router), False
         self._episodes = Episodes(self._fleet, end_of_turn_ids, vocab_size, config.in_flight)
         self._transport = self._make_transport()
         try:
@@ -171,7 +170,8 @@ class SglangEngine:
         self._wait(self._fleet.weights.acquire())
         self._loaded = -1
         update = Update([w for w in self._fleet.workers if w.open], self._transport)
-        self._sums = Checksums()
+        kinds = {w.info.kind for w in self._fleet.workers} if self._config.verify else set()
+        self._sums = {kind: Checksums(kind, self._heads, self._device) for kind in kinds}
         try:
             if keep:
                 self._kept.begin(version)
@@ -192,7 +192,8 @@ class SglangEngine:
         stream = checked(tensors, self._shapes, self._dtype)
         try:
             for bucket in buckets(stream, self._config.bucket_mb * 2**20):
-                self._sums.add(bucket)
+                for sums in self._sums.values():
+                    sums.add(bucket)
                 if keep:
                     self._kept.add(bucket)
                 prepared = self._transport.prepare(bucket)
@@ -223,6 +224,11 @@ class SglangEngine:
                 "there is no copy of the weights to give it: set rollout.sglang.keep_copy=true"
             )
         await restore(worker, self._kept, self._loaded, self._sums)
+
+    def checksums(self) -> list[list[dict[str, str]]]:
+        """What each server reports per tensor rank: its name of a parameter -> checksum."""
+        asked = [self._submit(worker.client.checksums()) for worker in self._fleet.workers]
+        return [answer.result() for answer in asked]
 
     def settle(self) -> None:
         """Wait until every lost server is back; RuntimeError when one does not come back."""

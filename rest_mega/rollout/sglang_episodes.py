@@ -26,7 +26,8 @@ import numpy as np
 from rest_mega.config import ConfigError
 from rest_mega.rollout.engine import Completion, Enough, Follow, Request, Sampling
 from rest_mega.rollout.sglang_client import Piece, ServerLost
-from rest_mega.rollout.sglang_fleet import Fleet, Worker
+from rest_mega.rollout.sglang_fleet import Fleet
+from rest_mega.rollout.sglang_worker import Worker
 
 ATTEMPTS = 8
 """Requests for one turn that may bring nothing (lost, or aborted at once) before the run ends."""
@@ -126,18 +127,21 @@ class Episodes:
     ) -> Piece | None:
         """What one request brings; None when its server was lost or given up."""
         rid = f"{self._name}-{next(self._numbers)}"
-        client = worker.client
         parameters = self._parameters(length, seed, sampling)
-        worker.running[rid] = asyncio.ensure_future(client.generate(rid, ids, parameters))
+        worker.running[rid] = asyncio.ensure_future(
+            self._fleet.door(worker).generate(rid, ids, parameters)
+        )
         try:
             piece = await worker.running[rid]
+            if -1 in piece.versions:
+                raise ServerLost("a server answered with weights that are not ours")
             worker.answered += 1
             return piece
         except ServerLost as error:
-            self._fleet.lose(worker, str(error))
+            await self._fleet.broke_off(worker, str(error))
             return None
         except asyncio.CancelledError:
-            self._fleet.abandon(client, rid)
+            self._fleet.abandon(worker, rid)
             me = asyncio.current_task()
             if me is not None and me.cancelling():
                 raise

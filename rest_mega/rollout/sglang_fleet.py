@@ -1,62 +1,25 @@
-"""The servers of one lead: which is asked next, and how a lost one comes back.
+"""The servers of one lead, and how a lost one comes back.
 
 Everything here runs on one event loop. A worker is *open* while requests may be sent to it. One
 that loses a connection is closed, examined, and either opened again or started anew and given the
 current weights; what it was generating is asked of another worker, or of itself once it is back.
+Behind a router nobody knows who was asked: a request that breaks off has all workers examined.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any
 
 import aiohttp
 
 from rest_mega.config import ConfigError, SglangConfig
-from rest_mega.rollout.sglang_client import Client, Piece, ServerInfo, ServerLost, ServerRefused
+from rest_mega.rollout.sglang_client import Client, ServerLost, ServerRefused
+from rest_mega.rollout.sglang_router import Router
 from rest_mega.rollout.sglang_server import Server
-
-STICK = 8
-"""An episode stays where its prefix is cached unless another worker has this many fewer
-requests."""
-
-
-@dataclass(eq=False)
-class Worker:
-    """One server as we see it."""
-
-    client: Client
-    server: Server | None
-    """None when somebody else started it."""
-    info: ServerInfo
-    open: bool = True
-    running: dict[str, asyncio.Future[Piece]] = field(default_factory=dict)
-    """Requests under way, by their ids."""
-    released: set[str] = field(default_factory=set)
-    """Whose GPU memory it has given back: weights, kv_cache."""
-    restarts: int = 0
-    answered: int = 0
-    """Requests that it has answered, over all its starts."""
-    trouble: str = ""
-    """Why it was lost last."""
-
-
-def choose(
-    workers: Sequence[Worker], home: Worker | None, failed: Collection[Worker] = ()
-) -> Worker | None:
-    """The open worker for an episode whose earlier turns `home` answered: home, or the least
-    loaded; one that `failed` on this turn only when no other is open. None when none is open."""
-    candidates = [worker for worker in workers if worker.open]
-    candidates = [worker for worker in candidates if worker not in failed] or candidates
-    if not candidates:
-        return None
-    least = min(candidates, key=lambda worker: len(worker.running))
-    if home not in candidates or len(home.running) >= len(least.running) + STICK:
-        return least
-    return home
+from rest_mega.rollout.sglang_worker import Worker, choose
 
 
 class Fleet:
@@ -67,10 +30,14 @@ class Fleet:
         config: SglangConfig,
         servers: list[Server],
         restore: Callable[[Worker], Awaitable[None]],
+        router: Router | None = None,
     ) -> None:
         """`servers`: the ones to start, none when config.urls are attached to. `restore(worker)`
-        loads the current weights into a worker unless it has them."""
+        loads the current weights into a worker unless it has them. `router`: requests go through
+        it."""
         self._config, self._servers, self._restore = config, servers, restore
+        self._router, self._examination = router, asyncio.Lock()
+        self._examined = 0
         self.workers: list[Worker] = []
         self.losses = 0
         """How often a worker was lost."""
@@ -92,6 +59,8 @@ class Fleet:
         places: list[tuple[str, Server | None]] = [(url, None) for url in self._config.urls]
         places += [(server.url, server) for server in self._servers]
         self.workers = list(await asyncio.gather(*(self._reach(*place) for place in places)))
+        if self._router is not None:
+            await self._router.start(self._session, [w.client.url for w in self.workers])
 
     async def _reach(self, url: str, server: Server | None) -> Worker:
         client = self._client(url)
@@ -164,7 +133,36 @@ class Fleet:
     def _pickable(self) -> bool:
         return bool(self._failure) or (self._gate_open and any(w.open for w in self.workers))
 
+    def door(self, worker: Worker) -> Client:
+        """Where a request for `worker` is sent."""
+        return worker.client if self._router is None else self._router.client
+
     # ------------------------------------------------------------------ lost and back
+
+    async def broke_off(self, worker: Worker, why: str) -> None:
+        """A request that was sent for `worker` did not come to an end. Returns once it is known
+        who is to be left out."""
+        if self._router is None:
+            self.lose(worker, why)
+            return
+        seen = self._examined
+        async with self._examination:
+            if seen == self._examined:  # others that broke off meanwhile have had it done
+                await self._examine(self._router, why)
+                self._examined += 1
+
+    async def _examine(self, router: Router, why: str) -> None:
+        """Lose the workers behind the router that do not generate; see that it is there itself."""
+        found = [worker for worker in self.workers if worker.open]
+        sound = await asyncio.gather(*(self._sound(worker) for worker in found))
+        for worker, is_sound in zip(found, sound, strict=True):
+            if not is_sound:
+                self.lose(worker, why)
+        assert self._session is not None
+        try:
+            await router.revive(self._session, [w.client.url for w in self.workers if w.open])
+        except ConfigError as error:
+            await self.fail(str(error))
 
     def lose(self, worker: Worker, why: str) -> None:
         """Close a worker that broke off, did not answer or did not take weights, and see to it in
@@ -177,17 +175,18 @@ class Fleet:
     async def abort_running(self) -> None:
         """Ask every worker to answer what it runs as far as it has come, until nothing runs: a
         request may meet its abort on the way to the server."""
-        while running := [(w.client, rid) for w in self.workers for rid in w.running]:
+        while running := [(w, rid) for w in self.workers for rid in w.running]:
             await asyncio.gather(*(self._abort(*one) for one in running))
             await asyncio.sleep(0.2)
 
-    def abandon(self, client: Client, rid: str) -> None:
+    def abandon(self, worker: Worker, rid: str) -> None:
         """A request whose answer nobody waits for any more."""
-        self._background(self._abort(client, rid))
+        self._background(self._abort(worker, rid))
 
-    async def _abort(self, client: Client, rid: str) -> None:
-        with contextlib.suppress(ServerLost, ServerRefused):
-            await client.abort(rid)
+    async def _abort(self, worker: Worker, rid: str) -> None:
+        for one in [worker] if self._router is None else self.workers:
+            with contextlib.suppress(ServerLost, ServerRefused):
+                await one.client.abort(rid)
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -205,6 +204,8 @@ class Fleet:
     async def _mend(self, worker: Worker) -> None:
         """Open it again as it is if it is sound and takes our weights, else started anew."""
         try:
+            if self._router is not None:
+                await self._router.take_out(worker.client.url)
             if not await self._sound(worker):
                 await self._again(worker)
             while not await self._reopened(worker):
@@ -226,6 +227,8 @@ class Fleet:
             except (ServerLost, ServerRefused) as error:
                 worker.trouble = str(error)
                 return False
+            if self._router is not None:
+                await self._router.put_in(worker.client.url)
             async with self._changed:
                 worker.open = True
                 self._changed.notify_all()
@@ -253,25 +256,34 @@ class Fleet:
         connections."""
         while True:
             await asyncio.sleep(self._config.health_s)
-            busy, loads = [w for w in self.workers if w.open and w.running], self._loads
+            busy, loads = self._busy(), self._loads
             checks = [w.client.healthy(self._config.health_s) for w in busy]
             for worker, healthy in zip(busy, await asyncio.gather(*checks), strict=True):
                 # A pause for new weights meanwhile would have kept the check waiting.
                 if not healthy and self._gate_open and self._loads == loads:
                     self._give_up(worker)
 
+    def _busy(self) -> list[Worker]:
+        """Open workers that may run requests."""
+        if self._router is not None and any(w.running for w in self.workers):
+            return [w for w in self.workers if w.open]
+        return [w for w in self.workers if w.open and w.running]
+
     def _give_up(self, worker: Worker) -> None:
         """Nobody waits any longer for what runs on a hung worker."""
         if worker.server is not None:
             worker.server.kill()
         self.lose(worker, f"it generated no token within {self._config.health_s:g} s")
-        for request in list(worker.running.values()):
-            request.cancel()
+        for one in [worker] if self._router is None else self.workers:
+            for request in list(one.running.values()):
+                request.cancel()
 
     async def close(self) -> None:
         """End the servers we started and all connections."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*(server.stop() for server in self._servers))
+        if self._router is not None:
+            await self._router.close()
         if self._session is not None:
             await self._session.close()

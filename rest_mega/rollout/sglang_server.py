@@ -67,9 +67,11 @@ class Server:
         environment: Mapping[str, str],
         log: Path,
         gpus: Sequence[int] = (),
+        module: str = "sglang.launch_server",
     ) -> None:
-        """`gpus`: those that the server gets, as this process numbers them; empty: what it sees."""
-        self.gpus = tuple(gpus)
+        """`gpus`: those that the server gets, as this process numbers them; empty: what it sees.
+        `module`: what Python runs."""
+        self.gpus, self._module = tuple(gpus), module
         self._python, self._arguments = python or sys.executable, dict(arguments)
         self._environment, self._log = dict(environment), log
         self._process: subprocess.Popen[bytes] | None = None
@@ -80,8 +82,8 @@ class Server:
         port = self._arguments.get("port") or launch.free_port()
         host = self._arguments["host"]
         self.url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-        words = ["-m", "sglang.launch_server", *server_words(self._arguments | {"port": port})]
-        if self._arguments["device"] == "cpu":
+        words = ["-m", self._module, *server_words(self._arguments | {"port": port})]
+        if self._arguments.get("device") == "cpu":
             self._environment.setdefault("SGLANG_USE_CPU_ENGINE", "1")
         if self.gpus:
             self._environment["CUDA_VISIBLE_DEVICES"] = launch.visible_gpus(self.gpus)
@@ -121,9 +123,9 @@ class Server:
         if not self.alive:
             code = self._process.returncode if self._process else None
             raise ConfigError(
-                f"the SGLang server ended with code {code} before it was ready; is sglang "
-                f"installed for {self._python} and are rollout.sglang.* its arguments? The end of "
-                f"{self._log}:\n{self.tail()}"
+                f"{self._module} ended with code {code} before it was ready; is it installed for "
+                f"{self._python} and are rollout.sglang.* its arguments? The end of {self._log}:\n"
+                f"{self.tail()}"
             )
 
     def tail(self) -> str:

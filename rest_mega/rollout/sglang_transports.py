@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from rest_mega import launch
 from rest_mega.rollout.sglang_client import ServerLost, ServerRefused
-from rest_mega.rollout.sglang_fleet import Worker
 from rest_mega.rollout.sglang_weights import Bucket, Kept
 from rest_mega.rollout.sglang_wire import flatten, listed, payload
+from rest_mega.rollout.sglang_worker import Worker
 
 
 class Transport(Protocol):

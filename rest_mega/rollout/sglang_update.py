@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from rest_mega.rollout.sglang_checksums import Checksums, Kind
 from rest_mega.rollout.sglang_client import Client, ServerLost, ServerRefused
-from rest_mega.rollout.sglang_fleet import Worker
 from rest_mega.rollout.sglang_transports import Transport
-from rest_mega.rollout.sglang_weights import Checksums, Kept
+from rest_mega.rollout.sglang_weights import Kept
 from rest_mega.rollout.sglang_wire import flatten, payload
+from rest_mega.rollout.sglang_worker import Worker
+
+Sums = Mapping[Kind, Checksums]
+"""What servers of each kind must report; empty where nothing is compared."""
 
 
 class Update:
@@ -51,7 +55,7 @@ class Update:
         except ServerLost as error:
             self._fail_all(error)
 
-    async def end(self, version: int, sums: Checksums) -> None:
+    async def end(self, version: int, sums: Sums) -> None:
         """Close the bracket, compare checksums, name the version."""
         await self._each(lambda w: w.client.end_update())
         await self._each(self._transport.end)
@@ -99,7 +103,7 @@ async def wake(worker: Worker, tag: str) -> None:
         worker.released.remove(tag)
 
 
-async def restore(worker: Worker, kept: Kept, version: int, sums: Checksums) -> None:
+async def restore(worker: Worker, kept: Kept, version: int, sums: Sums) -> None:
     """Load the kept weights into one worker that nobody asks anything meanwhile."""
     await worker.client.pause()
     await worker.client.flush()
@@ -120,18 +124,17 @@ async def _open_bracket(client: Client) -> None:
     await client.begin_update()
 
 
-async def name(worker: Worker, version: int, sums: Checksums) -> None:
-    """Give the loaded weights their version once their checksums are ours; ServerRefused when they
-    are not.
-
-    The server's checksums can be computed here for one tensor rank on a CPU; for other servers the
-    version alone is checked.
-    """
-    ranks = await worker.client.checksums()
-    if worker.info.device == "cpu" and len(ranks) == 1:
-        wrong = sums.difference(ranks[0])
+async def name(worker: Worker, version: int, sums: Sums) -> None:
+    """Give the loaded weights their version once their checksums are ours on every tensor rank;
+    ServerRefused when they are not."""
+    if worker.info.kind in sums:
+        wrong = sums[worker.info.kind].difference(await worker.client.checksums())
         if wrong:
-            raise ServerRefused(f"{worker.client.url} holds other values of {wrong[:3]}")
+            raise ServerRefused(
+                f"{worker.client.url} holds other values of {wrong[:3]} than were sent; where it "
+                "rearranges weights on purpose (quantization, a kernel's own layout) set "
+                "rollout.sglang.verify=false"
+            )
     await worker.client.name_version(version)
     if (found := await worker.client.version()) != version:
         raise ServerRefused(f"{worker.client.url} serves version {found}, not {version}")

@@ -1,4 +1,4 @@
-"""Whole Hugging Face tensors on their way to SGLang: checked, in buckets, kept on disk, summed.
+"""Whole Hugging Face tensors on their way to SGLang: checked, in buckets, kept on disk.
 
 A bucket is a list of (name, tensor). Names and shapes are checked here because the server ignores
 unknown names and dies of wrong shapes.
@@ -6,27 +6,16 @@ unknown names and dies of wrong shapes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 Bucket = list[tuple[str, torch.Tensor]]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_FUSED = {
-    "q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2),
-    "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1),
-}  # fmt: skip
-"""Hugging Face's projection -> the server's joined matrix and the place in it."""
-_PARTS = {"qkv_proj": 3, "gate_up_proj": 2}
-_VOCAB_MULTIPLE = 64
-"""The server pads embeddings with rows of zeros to a multiple of these."""
 
 
 def expected_shapes(path: str) -> dict[str, tuple[int, ...]]:
@@ -127,54 +116,3 @@ class Kept:
     def close(self) -> None:
         """Remove everything."""
         shutil.rmtree(self._root, ignore_errors=True)
-
-
-class Checksums:
-    """The checksums that a server on a CPU with one tensor rank reports once it holds these
-    tensors (SGLang's utils/weight_checker.py): the first 8 bytes of the SHA-256 of each parameter,
-    q, k, v and gate, up joined, embeddings padded. Experts, which the server stores in a layout of
-    its own, are left out."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, str] = {}
-        self._waiting: dict[str, dict[int, torch.Tensor]] = {}
-
-    def add(self, bucket: Bucket) -> None:
-        """Tensors in any order; parts of a joined matrix wait for each other."""
-        for name, tensor in bucket:
-            self._add(name, tensor)
-
-    def _add(self, name: str, tensor: torch.Tensor) -> None:
-        if ".experts." in name:
-            return
-        head, _, last = name.rpartition(".")
-        module, _, projection = head.rpartition(".")
-        if projection not in _FUSED:
-            self.sums[name] = _sha([_padded(name, tensor)])
-            return
-        joined, place = _FUSED[projection]
-        whole = f"{module}.{joined}.{last}"
-        parts = self._waiting.setdefault(whole, {})
-        parts[place] = tensor
-        if len(parts) == _PARTS[joined]:
-            self.sums[whole] = _sha([parts[i] for i in sorted(parts)])
-            del self._waiting[whole]
-
-    def difference(self, server: Mapping[str, str]) -> list[str]:
-        """Parameters whose checksum is not the server's, or that the server lacks. What it has
-        besides (a tied head, buffers) does not count."""
-        return sorted(name for name, own in self.sums.items() if server.get(name) != own)
-
-
-def _padded(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if not name.endswith(("embed_tokens.weight", "lm_head.weight")):
-        return tensor
-    return torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % _VOCAB_MULTIPLE))
-
-
-def _sha(parts: list[torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        flat: Any = part.contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(memoryview(flat))
-    return digest.hexdigest()[:16]

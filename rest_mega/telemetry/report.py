@@ -1,56 +1,85 @@
-"""The run's files -> report.html: one self-contained page with curves and trajectories, and the
-final line."""
+"""`rest-mega report`: the files of runs -> one self-contained page with curves, timelines and
+trajectories; and the final line of a run."""
 
 from __future__ import annotations
 
+import argparse
 import html
-import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
-from rest_mega.telemetry.reporter import METRICS, RUN, TRAJECTORIES, read_rows
+from rest_mega.config import require
+from rest_mega.telemetry.columns import pack
+from rest_mega.telemetry.profiler import merge
+from rest_mega.telemetry.report_data import read_run
+from rest_mega.telemetry.rows import METRICS, read_rows
 
-MOST_TRAJECTORIES = 400
-"""Trajectories embedded at most, spread evenly over the run."""
+REPORT = "report.html"
+SCRIPTS = ("data.js", "draw.js", "charts.js", "timeline.js", "tokens.js", "trajectories.js",
+           "main.js")  # fmt: skip
+"""Of the page, in the order in which they stand in it."""
+MOST_RUNS = 8
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write RUN/report.html; it needs no server and no network. Returns its path."""
-    run = json.loads((run_dir / RUN).read_text())
-    data = {
-        "regions": run["regions"],
-        "metrics": read_rows(run_dir / METRICS),
-        "trajectories": _thin(read_rows(run_dir / TRAJECTORIES)),
-        "outcome": outcome(run_dir),
-        "title": str(run_dir),
-        "config": run["config"],
-    }
-    page = (
-        resources.files("rest_mega.telemetry").joinpath("report.html").read_text(encoding="utf-8")
+def main(words: Sequence[str]) -> int:
+    """Write the report of the runs named; returns the exit code. ConfigError for a folder that is
+    no run."""
+    parser = argparse.ArgumentParser(
+        prog="rest-mega report",
+        description="One page of a run, or of several side by side, that needs neither server nor "
+        "network; a run that is still going may be looked at too.",
     )
-    page = page.replace("__TITLE__", html.escape(str(run_dir))).replace("__DATA__", embed(data))
-    path = run_dir / "report.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
+    parser.add_argument("--output", type=Path, help="default: report.html in the first RUN, or "
+                        "compare.html for several")  # fmt: skip
+    given = parser.parse_args(list(words))
+    name = REPORT if len(given.runs) == 1 else "compare.html"
+    for run in given.runs:
+        merge(run)  # a run that is not over has not done so yet
+    path = write_report(*given.runs, path=given.output or given.runs[0] / name)
+    sys.stdout.write(f"{path}: {path.stat().st_size / 1e6:.1f} MB\n")
+    return 0
+
+
+def write_report(*run_dirs: Path, path: Path | None = None) -> Path:
+    """Write the page of these runs to `path` (default: into the first); returns its path.
+
+    ConfigError where one is no run directory.
+    """
+    require(
+        len(run_dirs) <= MOST_RUNS, f"{len(run_dirs)} runs do not fit into one page; give at most "
+        f"{MOST_RUNS}",
+    )  # fmt: skip
+    runs = [read_run(run_dir) | {"outcome": outcome(run_dir)} for run_dir in run_dirs]
+    path = path or run_dirs[0] / REPORT
+    partial = path.with_name(path.name + ".partial")
+    title = " | ".join(map(str, run_dirs))
+    partial.write_text(page(title, pack({"runs": runs})), encoding="utf-8")
     os.replace(partial, path)
     return path
 
 
-def embed(data: Any) -> str:
-    """JSON that cannot end the script element it stands in, whatever text the model wrote."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
+def page(title: str, data: str) -> str:
+    """The page with its style, its scripts and its data in it."""
+    folder = resources.files("rest_mega.telemetry").joinpath("page")
+
+    def read(name: str) -> str:
+        return folder.joinpath(name).read_text(encoding="utf-8")
+
+    parts = {
+        "/*STYLE*/": read("page.css"),
+        "/*SCRIPTS*/": "\n".join(map(read, SCRIPTS)),
+        "<!--TITLE-->": html.escape(title),
+        "<!--DATA-->": data,
+    }
+    text = read("page.html")
+    for place, part in parts.items():
+        before, after = text.split(place)
+        text = before + part + after
     return text
-
-
-def _thin(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    if len(rows) <= MOST_TRAJECTORIES:
-        return list(rows)
-    return [rows[i * len(rows) // MOST_TRAJECTORIES] for i in range(MOST_TRAJECTORIES)]
 
 
 def outcome(run_dir: Path) -> dict[str, list[float]]:
@@ -71,4 +100,4 @@ def summary_line(run_dir: Path) -> str:
     is."""
     changes = [f"{mode} {a:.1%} -> {b:.1%}" for mode, (a, b) in outcome(run_dir).items()]
     success = f"held-out success: {', '.join(changes)}; " if changes else ""
-    return f"{success}report: {run_dir / 'report.html'}"
+    return f"{success}report: {run_dir / REPORT}"

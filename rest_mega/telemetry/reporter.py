@@ -1,45 +1,25 @@
-"""Reporter: phases and metrics of every step -> progress bar, metrics.jsonl, TensorBoard,
-trajectories.jsonl."""
+"""Reporter: phases and metrics of every step -> console, files, trackers."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rest_mega.config import TelemetryConfig
-
-METRICS, TRAJECTORIES, EVENTS, RUN = (
-    "metrics.jsonl",
-    "trajectories.jsonl",
-    "events.jsonl",
-    "run.json",
-)
-
-LIVE = (
-    ("reward/mean", "reward {:.2f}"),
-    ("success/train", "success {:.0%}"),
-    ("tokens/s", "{:.0f} tok/s"),
-    ("entropy/policy", "entropy {:.3f}"),
-    ("entropy/TOOL_NAME", "name {:.2f}"),
-    ("entropy/ARG_VALUE", "args {:.2f}"),
-    ("entropy/REASONING", "think {:.2f}"),
-    ("entropy/ANSWER", "answer {:.2f}"),
-    ("train/loss", "loss {:+.3f}"),
-)
-"""Metrics shown on the console, in order, where a step has them; after the entropy of all tokens
-that of the regions that tell most."""
-BAR = "{desc:8} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
+from rest_mega.telemetry import sinks
+from rest_mega.telemetry.console import open_console
+from rest_mega.telemetry.profiler import Profiler
+from rest_mega.telemetry.rows import METRICS, RUN, TRAJECTORIES, drop_after
+from rest_mega.telemetry.timeline import Timeline
 
 
 class Reporter:
-    """Writes the run's files on the one active rank; on every other rank it only times phases."""
+    """Hands the run's news to its sinks on the one active rank; on every other rank it only times
+    phases."""
 
     def __init__(
         self,
@@ -51,47 +31,53 @@ class Reporter:
         resume_step: int | None = None,
         region_names: Sequence[str] = (),
         config_tree: Mapping[str, Any] | None = None,
+        timeline: Timeline | None = None,
+        profiler: Profiler | None = None,
     ) -> None:
         """`resume_step`: the step that a checkpoint resumed from; what was reported after it is
-        dropped."""
-        self._active, self._dir, self._config = active, run_dir, config
+        dropped. `timeline`, `profiler`: of this rank. ConfigError where a tracker cannot be
+        reached."""
+        self._timeline, self._last_step = timeline, resume_step or 0
+        self._profiler = profiler
         self._seconds: dict[str, float] = {}
-        self._bar: Any = None
-        self._board: Any = None
+        self._sinks: dict[str, sinks.Sink] = {}
         self._started = time.perf_counter()
         if not active:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, TRAJECTORIES):
-            _drop_after(run_dir / name, -1 if resume_step is None else resume_step)
+            drop_after(run_dir / name, -1 if resume_step is None else resume_step)
+        tree = config_tree or {}
         (run_dir / RUN).write_text(
-            json.dumps({"regions": list(region_names), "config": config_tree or {}}, indent=1)
+            json.dumps({"regions": list(region_names), "config": tree}, indent=1)
         )
-        self._open_console(total_steps, resume_step or 0)
-        if config.tensorboard:
-            self._board = _tensorboard(run_dir / "tensorboard", resume_step)
-
-    def _open_console(self, total: int, done: int) -> None:
-        live = self._config.console == "bar" or (
-            self._config.console == "auto" and sys.stderr.isatty()
-        )
-        if live:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total, initial=done, bar_format=BAR, dynamic_ncols=True, smoothing=0.1
-            )
+        self._trackers = sinks.open_trackers(run_dir, config, tree, resume_step)
+        self._sinks = {
+            "console": open_console(config.console, total_steps, resume_step or 0),
+            "files": sinks.Files(run_dir, config.trajectories),
+            **self._trackers,
+        }
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what happens inside; the seconds become `time/<name>` of the next reported step."""
-        if self._bar is not None:
-            self._bar.set_description_str(name)
-        start = time.perf_counter()
+        self._tell(lambda sink: sink.phase(name))
+        watched = self._profiler.phase(name) if self._profiler else contextlib.nullcontext()
+        with watched, self._timed(name):
+            yield
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        if self._timeline is not None:
+            self._timeline.begin()
+        begin, start = time.time(), time.perf_counter()
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+            if self._timeline is not None:
+                self._timeline.add(name, begin, seconds)
 
     def step(
         self,
@@ -102,95 +88,37 @@ class Reporter:
         """Report one step (or an evaluation at a step) with the phases timed since the last
         report."""
         seconds, self._seconds = self._seconds, {}
-        if not self._active:
-            return
+        self._last_step = step
+        if self._timeline is not None:
+            self._timeline.flush(step)
+        if self._profiler is not None:
+            self._profiler.reached(step)
         row = dict(metrics) | {f"time/{name}": value for name, value in seconds.items()}
         if "tokens/trained" in row and seconds:
             row["tokens/s"] = row["tokens/trained"] / max(sum(seconds.values()), 1e-9)
         row["time/elapsed"] = time.perf_counter() - self._started
-        _append(self._dir / METRICS, [{"step": step} | {k: _finite(v) for k, v in row.items()}])
-        _append(self._dir / TRAJECTORIES, trajectories[: self._config.trajectories])
-        if self._board is not None:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
-        self._show(step, row)
-
-    def _show(self, step: int, row: Mapping[str, float]) -> None:
-        evaluation = {
-            k: v for k, v in row.items() if k.startswith("eval/") and k.endswith("_success")
-        }
-        if evaluation:
-            self._say(
-                f"step {step}: held-out "
-                + ", ".join(f"{_mode(k)} success {v:.1%}" for k, v in evaluation.items())
-            )
-        parts = [text.format(row[name]) for name, text in LIVE if name in row]
-        if "train/loss" not in row:
-            return
-        if self._bar is not None:
-            self._bar.set_postfix_str(" ".join(parts), refresh=False)
-            self._bar.update(step - self._bar.n)
-        else:
-            self._say(f"step {step}: " + ", ".join(parts))
+        known = sinks.finite(row)
+        self._tell(lambda sink: sink.step(step, known, trajectories))
 
     def event(self, kind: str, text: str) -> None:
-        """Say something notable above the bar, and keep it in events.jsonl."""
-        if self._active:
-            _append(self._dir / EVENTS, [{"time": time.time(), "kind": kind, "text": text}])
-            self._say(text)
-
-    def _say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        else:
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+        """Say something notable, and keep it in events.jsonl."""
+        self._tell(lambda sink: sink.event(kind, text))
 
     def close(self) -> None:
-        """Close the bar and the event files."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        """Close the sinks; what happened since the last step belongs to it."""
+        if self._timeline is not None:
+            self._timeline.flush(self._last_step)
+        self._tell(lambda sink: sink.close())
+        self._sinks = {}
 
-
-def _mode(name: str) -> str:
-    return name.removeprefix("eval/").removesuffix("_success")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    if rows:
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the rows up to `step`, and none of a half-written last line."""
-    if path.is_file():
-        rows = [row for row in read_rows(path) if row["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, path)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file of this run; a half-written last line is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def _tensorboard(folder: Path, resume_step: int | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    # A new run in an old directory purges everything that was written there before.
-    return SummaryWriter(str(folder), purge_step=0 if resume_step is None else resume_step + 1)
+    def _tell(self, what: Callable[[sinks.Sink], None]) -> None:
+        """Every sink. A tracker that fails is left out from here on, and an event says so: a server
+        that is gone must not end a run."""
+        for name, sink in list(self._sinks.items()):
+            try:
+                what(sink)
+            except Exception as error:
+                if name not in self._trackers:
+                    raise
+                del self._sinks[name]
+                self.event("tracker", f"{name} gets nothing more of this run: {error!r}")

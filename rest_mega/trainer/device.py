@@ -1,8 +1,8 @@
 """CUDA or CPU: the device of this process, and all that megatron-core needs to run on a CPU.
 
 `adapt_mcore()` must run before anything else imports `megatron.core` (`parallel.start` sees to it).
-Where CUDA is present it does nothing but stand in for a missing FusedAdam. On a CPU it changes no
-file and leaves `torch` as it is:
+Where CUDA is present it stands in for a missing FusedAdam and takes over the checkpoint writer's
+queue, no more. On a CPU it changes no file and leaves `torch` as it is:
 
 - mcore's modules get a *view* of torch as their global `torch`: the same functions, but its `cuda`
   answers for the CPU and factories accept `device="cuda"`; no cost per operation.
@@ -127,6 +127,7 @@ def adapt_mcore() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core")
     if torch.cuda.is_available():
         _use_group_step_adam()
+        _adapt_checkpointing()
         return
     # Its fallbacks for missing GPU packages are what a CPU run wants.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,8 @@ from rest_mega.records import (
 from rest_mega.trainer.forward import local_part
 from rest_mega.trainer.packing import bounds
 from rest_mega.trainer.parallel import Parallel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,18 @@ class ScoredRows:
     """Log-prob of the scoring pass, in nats."""
     engine_R: Floats
     """Log-prob of the rollout, in nats."""
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """What training made of the tokens of one sample; NaN where a token was not trained."""
+
+    trainer_T: Floats
+    """Log-prob of the scoring pass, in nats."""
+    entropy_T: Floats
+    """Full-vocabulary entropy of the scoring pass, in nats."""
+    advantage_T: Floats
+    """As the loss had it: after penalties on the reward and the token rule."""
 
 
 class GlobalRows:
@@ -92,6 +106,33 @@ class GlobalRows:
                 )  # fmt: skip
             before += 1 + max(int(b.sample_T.max(initial=-1)) for b in part)
         return ScoredRows(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+    def traces(
+        self,
+        parts: Sequence[Sequence[Microbatch]],
+        scores: Sequence[Sequence[Scores]],
+        lengths_S: Sequence[int],
+    ) -> list[TokenTrace]:
+        """Of this replica's first samples, as many as there are `lengths_S` (tokens of each sample,
+        in their order), on every rank of the replica."""
+        starts_S, rows = np.cumsum([0, *lengths_S]), self.scored(parts, scores)
+        held = [
+            (batch.advantages_T[self._held(batch)], row.entropy_R)
+            for batch, row in zip(_chain(parts), _chain(scores), strict=True)
+            if len(row.logprob_R)
+        ]
+        whole = np.zeros((4, int(starts_S[-1])))
+        if self._parallel.counts_tokens and held:  # one rank per token; the others add zeros
+            advantage_R, entropy_R = (np.concatenate(column) for column in zip(*held, strict=True))
+            shown = rows.sample_R < len(lengths_S)
+            at_R = starts_S[rows.sample_R[shown]] + rows.token_R[shown]
+            columns_R = (rows.trainer_R, entropy_R, advantage_R, np.ones(len(entropy_R)))
+            for row_T, column_R in zip(whole, columns_R, strict=True):
+                row_T[at_R] = column_R[shown]
+        *columns, trained_T = self._parallel.sum_in_replica(whole)
+        nan = [np.where(trained_T > 0, column, np.nan).astype(np.float32) for column in columns]
+        split = (np.split(column, starts_S[1:-1])[: len(lengths_S)] for column in nan)
+        return [TokenTrace(*three) for three in zip(*split, strict=True)]
 
     def pull_sums(
         self,
@@ -190,6 +231,11 @@ class GlobalRows:
     def total(self, values: Any) -> Any:
         """Sum over the ranks that hold distinct tokens: one tensor rank of one stage per token."""
         return self._parallel.sum(values if self._parallel.counts_tokens else np.zeros_like(values))
+
+
+def _chain(parts: Sequence[Sequence[T]]) -> list[T]:
+    """The micro-batches of all parts."""
+    return list(itertools.chain.from_iterable(parts))
 
 
 def _pairs(

@@ -12,12 +12,14 @@ ranks, is the one that talks to the rollout engine and to the tools. Groups made
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,8 @@ from rest_mega.trainer import device as devices
 Arrays = Mapping[str, npt.NDArray[Any]]
 Sums = Mapping[str, tuple[float, float]]
 """Name -> (total, count): what a mean needs to be merged over ranks."""
+
+_CLOCK_ROUNDS, _CLOCK_NOISE_S = 7, 0.005
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class Parallel:
     """Index of this rank's replica."""
     data_size: int
     """Number of replicas."""
+    waits: list[tuple[float, float]] = field(default_factory=list)
+    """(begin, end) of this rank's host collectives by its own clock, in seconds since the epoch:
+    they carry little, so their time is that of waiting for peers. Emptied by `take_waits`."""
 
     @property
     def lead(self) -> int:
@@ -109,7 +116,8 @@ class Parallel:
         self, values: npt.NDArray[np.float64], op: Any, group: dist.ProcessGroup | None = None
     ) -> npt.NDArray[np.float64]:
         tensor = torch.from_numpy(np.array(values, dtype=np.float64))
-        dist.all_reduce(tensor, op=op, group=group or self.control)
+        with self._waiting():
+            dist.all_reduce(tensor, op=op, group=group or self.control)
         return tensor.numpy()
 
     def share(self, arrays: Arrays | None) -> dict[str, npt.NDArray[Any]]:
@@ -121,7 +129,8 @@ class Parallel:
             else torch.empty(0, dtype=torch.uint8)
         )
         size = torch.tensor([data.numel()], dtype=torch.int64)
-        dist.broadcast(size, self.lead, group=self.replica)
+        with self._waiting():
+            dist.broadcast(size, self.lead, group=self.replica)
         if not self.is_lead:
             data = torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(data, self.lead, group=self.replica)
@@ -133,7 +142,8 @@ class Parallel:
         size = dist.get_world_size(group)
         data = torch.tensor(list(text.encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
-        dist.all_gather(lengths, torch.tensor([data.numel()]), group=group)
+        with self._waiting():
+            dist.all_gather(lengths, torch.tensor([data.numel()]), group=group)
         longest = max(1, *(int(n) for n in lengths))
         parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(size)]
         dist.all_gather(
@@ -153,7 +163,31 @@ class Parallel:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier(group=self.control)
+        with self._waiting():
+            dist.barrier(group=self.control)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        begin = time.time()
+        yield
+        self.waits.append((begin, time.time()))
+
+    def take_waits(self) -> list[tuple[float, float]]:
+        """What was waited since the last call."""
+        taken, self.waits[:] = list(self.waits), []
+        return taken
+
+    def clock_offset(self) -> float:
+        """How far this rank's clock is ahead of rank 0's, in seconds: the median over a few
+        barriers, which all ranks leave at nearly one moment; 0 below what that moment lasts.
+        Collective."""
+        left = np.zeros((_CLOCK_ROUNDS, self.world_size))
+        for row in left:
+            self.barrier()
+            row[self.rank] = time.time()
+        left = self.sum(left)
+        offset = float(np.median(left[:, self.rank] - left[:, 0]))
+        return offset if abs(offset) > _CLOCK_NOISE_S else 0.0
 
 
 def _pack(arrays: Arrays) -> torch.Tensor:

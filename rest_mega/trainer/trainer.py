@@ -71,6 +71,12 @@ class Trainer:
             self.chunks, self.parallel, self.architecture.vocab_size, self._temperature, self._head
         )
 
+    def time_pieces(self, timers: Any) -> None:
+        """Have megatron-core time forward, backward, sends, receives and gradient sums by `timers`;
+        call it after `prepare`."""
+        for module in self.modules:
+            module.config.timers = timers
+
     # ---------------------------------------------------------------- batches
 
     def pack(self, samples: Sequence[Sample], parts: int = 1) -> list[list[Microbatch]]:

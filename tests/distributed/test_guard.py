@@ -1,4 +1,5 @@
-"""The gap of trainer and engine, and the log-probs that leads get, are the same at every layout."""
+"""The gap of trainer and engine, and what leads get to know of single tokens, are the same at every
+layout."""
 
 from __future__ import annotations
 
@@ -27,7 +28,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
 
 
 def _gap(case: Any, sizes: dict[str, int]) -> Any:
-    from rest_mega.dump import trainer_logprobs
     from rest_mega.guard import check_ids, measure
 
     bench = Bench(case, **sizes)
@@ -35,9 +35,10 @@ def _gap(case: Any, sizes: dict[str, int]) -> Any:
     samples = random_samples()[place.data_rank :: place.data_size]
     parts = trainer.pack(samples, 2)
     check_ids(samples, parts, None)
-    scored = trainer.rows.scored(parts, trainer.score(parts))
-    told = trainer_logprobs(place, samples, scored)
-    return measure(place, trainer.rows, scored), told, place.data_rank
+    scores = trainer.score(parts)
+    told = trainer.rows.traces(parts, scores, [len(s.ids_T) for s in samples])
+    gap = measure(place, trainer.rows, trainer.rows.scored(parts, scores))
+    return gap, told, place.data_rank
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def alone(case: Any) -> Any:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_gap_and_every_token_s_log_prob_are_those_of_one_rank(
+def test_the_gap_and_every_token_s_trace_are_those_of_one_rank(
     layout: str, case: Any, alone: Any
 ) -> None:
     want, told, _ = alone
@@ -54,7 +55,18 @@ def test_the_gap_and_every_token_s_log_prob_are_those_of_one_rank(
         assert gap.metrics() == pytest.approx(want.metrics(), rel=1e-5)
         size = 2 if layout == "dp2" else 1
         for got, expected in zip(mine, told[data_rank::size], strict=True):
-            np.testing.assert_allclose(got, expected, atol=1e-5)
+            for name in ("trainer_T", "entropy_T", "advantage_T"):
+                np.testing.assert_allclose(getattr(got, name), getattr(expected, name), atol=1e-5)
+
+
+def test_a_trace_has_the_advantage_of_its_sample_and_an_entropy_that_vocabulary_allows(
+    alone: Any,
+) -> None:
+    for trace, sample in zip(alone[1], random_samples(), strict=True):
+        trained_T = np.isfinite(trace.trainer_T)
+        np.testing.assert_allclose(trace.advantage_T[trained_T], sample.advantage, rtol=1e-6)
+        assert (trace.entropy_T[trained_T] > 0).all()
+        assert np.isnan(trace.entropy_T[~trained_T]).all()
 
 
 def test_the_gap_is_that_of_the_tokens_themselves(alone: Any) -> None:
@@ -62,11 +74,11 @@ def test_the_gap_is_that_of_the_tokens_themselves(alone: Any) -> None:
     samples = random_samples()
     masks = [s.mask_T & (np.arange(len(s.mask_T)) > 0) for s in samples]
     for got, mask_T in zip(told, masks, strict=True):
-        np.testing.assert_array_equal(np.isfinite(got), mask_T)
+        np.testing.assert_array_equal(np.isfinite(got.trainer_T), mask_T)
     gaps, regions = (
         np.concatenate([column[mask_T] for column, mask_T in zip(columns, masks, strict=True)])
         for columns in (
-            [abs(got - s.logprobs_T) for got, s in zip(told, samples, strict=True)],
+            [abs(got.trainer_T - s.logprobs_T) for got, s in zip(told, samples, strict=True)],
             [s.regions_T for s in samples],
         )
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from rest_mega.telemetry.columns import unpack
+from tests.support.pages import embedded
 from tests.support.runs import Ended, Run, make_run, start
 
 pytestmark = pytest.mark.distributed
@@ -73,12 +76,26 @@ def test_every_prompt_of_an_epoch_is_drawn_once(run: Run) -> None:
     assert sorted(prompts[:6]) == [f"p{n}" for n in range(6)]
 
 
-def test_the_report_embeds_the_rows(run: Run) -> None:
-    page = (run.dir / "report.html").read_text()
-    start_ = page.index('type="application/json">') + len('type="application/json">')
-    data = json.loads(page[start_ : page.index("</script>", start_)])
-    assert data["metrics"] == run.rows()
-    assert data["config"]["parallel"]["tensor"] == 2
+def test_the_report_holds_metrics_timelines_and_every_token(run: Run) -> None:
+    (shown,) = unpack(embedded(run.dir / "report.html"))["runs"]
+    metrics, rows = shown["metrics"], run.rows()
+    assert metrics["step"].tolist() == [row["step"] for row in rows]
+    for name, column in metrics["columns"].items():
+        want = [math.nan if row.get(name) is None else row[name] for row in rows]
+        np.testing.assert_allclose(column, want, rtol=1e-6)
+    assert shown["config"]["parallel"]["tensor"] == 2
+    assert [timeline["rank"] for timeline in shown["timelines"]] == [0, 1]
+    lead, other = shown["timelines"]
+    assert {"rollout", "train", "publish"} <= set(lead["names"])
+    waited = [timeline["wait_seconds"].sum() for timeline in (lead, other)]
+    assert waited[1] > waited[0]  # the lead plays the episodes, the other rank waits for them
+    tokens = shown["trajectories"]
+    trained = run.rows("trajectories")
+    assert len(tokens["id"]) == sum(len(row["text"]) for row in trained)
+    for name in ("token_gap", "entropy", "token_advantage", "weight", "logprob"):
+        assert np.isfinite(tokens[name]).any(), name
+    assert np.nanmax(np.abs(tokens["token_gap"])) < 1e-4
+    assert np.nanmin(tokens["entropy"]) > 0
 
 
 def evaluated(printed: str) -> dict[str, float]:

@@ -264,6 +264,39 @@ def test_servers_that_gave_their_memory_back_serve_the_weights_that_come_next(
     assert servers.losses == losses
 
 
+def test_requests_go_through_a_router_and_control_to_each_server(
+    servers: SglangEngine, model: Any, tmp_path: Path
+) -> None:
+    """Both servers answer through it, take new weights in mid-turn and abort what is enough."""
+    urls = tuple(servers.urls)
+    engine = make_engine(MODEL, None, folder=tmp_path, urls=urls, router="start", end=(3,))
+    other, requests = moved(model, 1.02), [*asked(8, 200), *asked(1, 30)]
+    done: dict[int, Completion] = {}
+
+    def follow(index: int, completion: Completion) -> Request | None:
+        done[index] = completion
+        if index == 8:
+            engine.load_parameters(other.named_parameters(), 13)
+        return None
+
+    try:
+        engine.load_parameters(model.named_parameters(), 12)
+        engine.play(requests, Sampling(), follow)
+        for index, completion in done.items():
+            versions = completion.version_T
+            assert set(versions) <= {12, 13}
+            whole = np.concatenate([requests[index].ids_T, completion.ids_T])
+            old, new = (scores(m, whole)[len(requests[index].ids_T) - 1 :] for m in (model, other))
+            want = np.where(versions == 12, old, new)
+            np.testing.assert_allclose(completion.logprobs_T, want, atol=TOLERANCE)
+        assert 13 in {version for c in done.values() for version in c.version_T}
+        cut: dict[int, Completion] = {}
+        engine.play(asked(9, 300), Sampling(), cut.__setitem__, lambda: len(cut) > 0)
+        assert any(completion.aborted for completion in cut.values())
+    finally:
+        engine.close()
+
+
 def test_what_would_end_a_server_is_refused_and_the_servers_live_on(
     servers: SglangEngine, model: Any
 ) -> None:

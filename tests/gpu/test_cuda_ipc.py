@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from rest_mega.rollout.sglang_client import ServerInfo
-from rest_mega.rollout.sglang_fleet import Worker
 from rest_mega.rollout.sglang_server import Server
 from rest_mega.rollout.sglang_transports import Tensors
 from rest_mega.rollout.sglang_weights import Bucket
 from rest_mega.rollout.sglang_wire import flatten, payload
+from rest_mega.rollout.sglang_worker import Worker
 from tests.support.ipc_reader import described, summed
 
 pytestmark = [

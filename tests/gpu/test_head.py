@@ -2,7 +2,8 @@
 
     python -m pytest -m gpu tests/gpu/test_head.py
 
-Cases and bounds are those of tests/unit/losses/test_head.py and tests/unit/kernels/test_head.py.
+Cases and bounds are those of tests/unit/losses/test_head.py and tests/unit/kernels/test_head.py,
+but for the entropy's.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ pytestmark = [
 ]
 Case = dict[str, torch.Tensor]
 FORMS = ("triton", "chunked")
+ENTROPY = 5e-6
+"""Bound on the error of entropies of up to 9.2 nats: five roundings of that size. CUDA's expf and
+logf err by up to 2 ulp, the CPU's by less than one."""
 
 
 def on_gpu(case: Case) -> Case:
@@ -39,7 +43,7 @@ def on_gpu(case: Case) -> Case:
 def test_values_and_gradients_are_those_of_the_softmax(form: str, vocab: int) -> None:
     case = on_gpu(exact_case(rows=200, vocab=vocab))
     got = by_the_head(case, form=form, temperature=0.7)
-    assert_same(got, by_definition(case, temperature=0.7))
+    assert_same(got, by_definition(case, temperature=0.7), entropy=ENTROPY)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -73,7 +77,7 @@ def test_bf16_is_summed_in_fp32_and_its_gradients_rounded_twice(
 ) -> None:
     case = on_gpu(exact_case(rows=700, vocab=9001, dim=dim, sharpness=sharpness))
     got = by_the_head(in_bf16(case), form=form, temperature=2.0)
-    assert_rounded_twice(got, case, temperature=2.0)
+    assert_rounded_twice(got, case, temperature=2.0, entropy=ENTROPY)
 
 
 def test_bf16_with_its_gradient_in_the_forward_pass_is_rounded_twice() -> None:

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from rest_mega import config as module
-from rest_mega.config import ConfigError, ParallelConfig, RunConfig, SglangConfig, known_keys
+from rest_mega.config import (
+    EXTENSIBLE,
+    ConfigError,
+    EndpointConfig,
+    ParallelConfig,
+    RunConfig,
+    SglangConfig,
+    known_keys,
+)
 
 SECTIONS = typing.get_type_hints(RunConfig)
 
@@ -254,6 +262,7 @@ def test_the_edges_of_a_range_belong_to_it(key: str, value: Any) -> None:
 def test_the_names_in_the_config_are_those_of_the_tables() -> None:
     from rest_mega.credit.advantages import METHODS, TOKENS
     from rest_mega.credit.weights import PRESETS, RULES
+    from rest_mega.losses.policy import SURROGATES
 
     tables = {"preset": PRESETS, "rule": RULES, "tokens": TOKENS, "advantage": METHODS}
     for key, table in tables.items():
@@ -261,6 +270,16 @@ def test_the_names_in_the_config_are_those_of_the_tables() -> None:
             tree = {"credit": {key: name}, "loss": {"optimizer_steps": 2}}  # kl-cov needs two
             assert getattr(RunConfig.from_dict(tree).credit, key) == name
         assert f"choose one of {', '.join(table)}" in refused({"credit": {key: "other"}})
+    assert f"choose one of {', '.join(EXTENSIBLE['loss.policy'])}" in refused(
+        {"loss": {"policy": "other"}}
+    )
+    assert list(SURROGATES.keys() ^ set(EXTENSIBLE["loss.policy"])) == []
+
+
+def test_files_that_may_register_more_names_leave_the_check_to_the_start() -> None:
+    """What they register is checked when they are loaded, before the ranks meet."""
+    tree = {"environment": {"modules": ["mine.py"]}, "loss": {"policy": "mine"}}
+    assert RunConfig.from_dict(tree).loss.policy == "mine"
 
 
 def test_leaving_out_the_scoring_pass_is_refused_where_the_gradient_would_change() -> None:
@@ -395,17 +414,19 @@ def documented(path: Path) -> dict[str, set[str]]:
 
 def test_every_field_is_documented_under_it() -> None:
     texts = documented(Path(module.__file__))
-    for name, kind in [*SECTIONS.items(), ("rollout.sglang", SglangConfig)]:
+    nested = [("rollout.sglang", SglangConfig), ("evaluation.endpoint", EndpointConfig)]
+    for name, kind in [*SECTIONS.items(), *nested]:
         assert {f.name for f in dataclasses.fields(kind)} == texts[kind.__name__], name
 
 
 def test_the_known_keys_are_the_leaves_of_the_tree() -> None:
     tree = RunConfig().to_dict()
-    sglang = [f"rollout.sglang.{key}" for key in tree["rollout"]["sglang"]]
-    sections = [f"{section}.{key}" for section in tree for key in tree[section]]
-    assert known_keys() == [
-        key for whole in sections for key in (sglang if whole == "rollout.sglang" else [whole])
-    ]
+    nested = {"rollout.sglang": tree["rollout"]["sglang"]}
+    nested["evaluation.endpoint"] = tree["evaluation"]["endpoint"]
+    leaves = []
+    for whole in (f"{section}.{key}" for section in tree for key in tree[section]):
+        leaves += [f"{whole}.{key}" for key in nested[whole]] if whole in nested else [whole]
+    assert known_keys() == leaves
 
 
 # ------------------------------------------------------------------ SGLang's own arguments
@@ -429,6 +450,7 @@ def test_what_sglang_section_does_not_know_is_an_argument_of_the_server() -> Non
         ({"restarts": -1}, "rollout.sglang.restarts=-1 must not be negative"),
         ({"urls": ["host:30000"]}, "rollout.sglang.urls has 'host:30000'; write http://host:port"),
         ({"arguments": 3}, "rollout.sglang.arguments=3 must be a mapping"),
+        ({"router": "auto"}, "rollout.sglang.router='auto' must be start, http://host:port or"),
         ({"gpus": [1, 1]}, "rollout.sglang.gpus=[1, 1] must name each GPU once"),
         ({"gpus": [-1]}, "rollout.sglang.gpus=[-1] must name each GPU once, from 0 on"),
         ({"gpus": [1], "urls": ["http://h:1"]}, "leave out rollout.sglang.gpus and colocate"),

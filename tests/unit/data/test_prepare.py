@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rest_mega.config import ConfigError
+from rest_mega.data.bfcl_rows import split
 from rest_mega.data.prepare import Plan, Report, is_held_out, prepare
 from rest_mega.data.prompts import load_prompts
 from rest_mega.dialects import parse
@@ -199,10 +200,27 @@ def test_a_bfcl_entry_of_several_turns_is_a_task_of_its_environment(tmp_path: Pa
 
 def test_prompts_that_begin_alike_and_go_on_otherwise_are_no_duplicates(tmp_path: Path) -> None:
     other = changed(TURNS, id="multi_turn_base_0", question=[[ASK], [ASK]])
-    same = changed(TURNS, id="multi_turn_miss_func_1")
+    same = changed(TURNS, id="multi_turn_miss_func_2")
     source = write(tmp_path / "rows.jsonl", TURNS, other, same)
     report = prepare(plan(tmp_path, "bfcl", source, strict=True))
     assert (report.train, report.duplicates) == (2, 1)
+
+
+def test_bfcl_s_scenarios_of_the_test_side_never_become_training_prompts(tmp_path: Path) -> None:
+    rows = [
+        changed(TURNS, id=f"multi_turn_miss_func_{number}", question=[[ask], []])
+        for number in range(40)
+        for ask in [{"role": "user", "content": f"question {number}"}]
+    ]
+    source = write(tmp_path / "rows.jsonl", *rows)
+    split_up = plan(tmp_path, "bfcl", source, held_out=tmp_path / "held_out.jsonl", share=0.9)
+    prepare(split_up)
+    train = load_prompts(split_up.out)
+    assert {split(prompt.id) for prompt in train} == {"train"}
+    assert {split(prompt.id) for prompt in load_prompts(tmp_path / "held_out.jsonl")} == {"test"}
+    report = prepare(plan(tmp_path, "bfcl", source))
+    assert (report.train, report.rejected.total()) == (len(train), 40 - len(train))
+    assert load_prompts(split_up.out) == train
 
 
 def test_every_assistant_turn_of_a_dialogue_is_a_prompt_with_its_calls_as_gold(

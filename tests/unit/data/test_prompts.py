@@ -18,6 +18,7 @@ from rest_mega.records import Prompt
 
 MADE_UP = Path(__file__).parents[3] / "examples" / "data" / "toolrl_made_up.jsonl"
 USER = {"role": "user", "content": "Wie wird das Wetter in Zürich?"}
+REPLY = {"role": "assistant", "content": "eins"}
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 ROW = {
     "id": "a",
@@ -198,17 +199,23 @@ def test_files_that_hold_nothing_or_are_of_another_kind_are_errors(tmp_path: Pat
 
 
 def test_dialogues_keep_the_order_and_content_of_the_file(tmp_path: Path) -> None:
-    call = {
+    given = {
         "role": "assistant",
         "content": None,
-        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+        "refusal": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}],
+    }
+    call = {  # as templates want it
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}],
     }
     result, reply = (
         {"role": "tool", "name": "f", "content": "1"},
         {"role": "assistant", "content": "eins"},
     )
     rows = [
-        {"messages": [USER, call, result, reply], "tools": [TOOL]},
+        {"messages": [USER, given, result, reply], "tools": [TOOL], "parallel_tool_calls": False},
         {"id": "x", "messages": [USER, reply]},
     ]
     assert load_dialogues(write_lines(tmp_path, *rows)) == [
@@ -222,6 +229,9 @@ def test_dialogues_keep_the_order_and_content_of_the_file(tmp_path: Path) -> Non
     [
         ({"messages": [USER]}, "role='user' must be assistant"),
         ({"message": [USER]}, "did you mean 'messages'"),
+        ({"messages": [{**USER, "weight": 1}, REPLY]}, "role 'user' is never trained"),
+        ({"messages": [USER, {**REPLY, "weight": 0.5}]}, "must be 0 .not trained. or 1"),
+        ({"messages": [USER, {**REPLY, "function_call": {}}]}, "written as tool_calls"),
     ],
 )
 def test_bad_dialogues_are_named_by_file_and_line(

@@ -17,8 +17,8 @@ import pytest
 from rest_mega.config import ConfigError
 from rest_mega.data.bfcl_rows import MORE_FUNCTIONS, bfcl_prompt, bfcl_rows
 from rest_mega.environments import ToolError, make_environment
-from rest_mega.environments.bfcl import function_specs, gold_call
-from rest_mega.environments.bfcl_package import BACKENDS, package_data
+from rest_mega.environments.bfcl import gold_call
+from rest_mega.environments.bfcl_package import BACKENDS, function_specs, package_data
 from rest_mega.environments.schema import check_parameters, mismatch
 from rest_mega.records import Prompt, ToolCall, Trajectory
 from rest_mega.rollout.engine import Sampling
@@ -256,6 +256,16 @@ def test_in_a_benchmark_a_reply_that_cannot_be_read_ends_the_users_turn() -> Non
     assert (played.stop, len(played.turns)) == ("answered", 3)
     assert played.turns[0].outcomes == ()
     assert played.result["kind"] == "multi_turn:empty_turn_model_response"
+
+
+def test_in_a_benchmark_replies_are_read_as_bfcls_handler_reads_them() -> None:
+    """A broken block beside a good one is dropped; a block needs its breaks of lines."""
+    good = called("touch", file_name="a")
+    broken = f"<tool_call>\n{{\n</tool_call>\n{good}"
+    played = benchmark(broken, "Done.")
+    assert [call.name for call in played.turns[0].calls] == ["touch"]
+    assert played.result == RIGHT
+    assert benchmark(good.replace("\n", ""), "Done.").turns[0].outcomes == ()
 
 
 def test_in_a_benchmark_more_than_twenty_replies_with_calls_to_one_message_end_the_episode() -> (

@@ -16,7 +16,7 @@ from rest_mega.config import ConfigError, SglangConfig
 from rest_mega.rollout.engine import Completion, Request, Sampling
 from rest_mega.rollout.sglang_client import ServerInfo, ServerRefused
 from rest_mega.rollout.sglang_engine import SglangEngine
-from rest_mega.rollout.sglang_fleet import STICK, Worker, choose
+from rest_mega.rollout.sglang_worker import STICK, Worker, choose
 from tests.support.models import save_model
 from tests.support.sglang import ReplayServer, recorded
 
@@ -42,20 +42,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def playing(
-    model: Path, tmp_path: Path, *generate: list[str], hung: bool = False
+    model: Path, tmp_path: Path, *generate: list[str], hung: bool = False, **settings: Any
 ) -> Iterator[tuple[Any, list[Any]]]:
     """An engine that is attached to one replayed server for each list of answers to /generate;
     `hung`: the first never generates, though it is ready."""
     from transformers import AutoModelForCausalLM
 
-    # Recorded checksums are those of another model; a GPU's are not compared with ours.
+    # Recorded checksums are those of another model.
     servers = [ReplayServer(LOADABLE | {"/generate": g}, device="cuda") for g in generate]
     if hung:
         silent = LOADABLE | {"/generate": ["silence"], "/health_generate": ["silence"]}
         servers[0] = ReplayServer(silent, device="cuda")
     for server in servers:
         server.__enter__()
-    config = SglangConfig(urls=tuple(s.url for s in servers), start_timeout_s=5, health_s=0.3)
+    urls = tuple(s.url for s in servers)
+    settings = {"verify": False, "start_timeout_s": 5, "health_s": 0.3} | settings
+    config = SglangConfig(urls=urls, **settings)
     engine = SglangEngine(
         config,
         model_path=str(model),
@@ -211,8 +213,19 @@ def test_weights_are_loaded_in_their_bracket_between_pause_and_continue(
         assert [r for r in routes[first:] if r != "/model_info"] == [
             "/pause_generation", "/flush_cache", "/update_weight_version", "/end_weight_update",
             "/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update",
-            "/weights_checker", "/update_weight_version", "/continue_generation",
+            "/update_weight_version", "/continue_generation",
         ]  # fmt: skip
+
+
+def test_weights_that_a_server_holds_other_than_they_were_sent_are_refused(
+    model: Path, tmp_path: Path
+) -> None:
+    """The replayed checksums are those of another model."""
+    with (
+        pytest.raises(RuntimeError, match=r"holds other values of .*rollout\.sglang\.verify=false"),
+        playing(model, tmp_path, ["ready"], verify=True, keep_copy=False),
+    ):
+        pass
 
 
 def test_weights_that_do_not_fit_are_not_sent_and_nothing_is_played_with_them(

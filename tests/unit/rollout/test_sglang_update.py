@@ -13,18 +13,16 @@ import aiohttp
 import torch
 
 from rest_mega.rollout.sglang_client import Client, ServerInfo
-from rest_mega.rollout.sglang_fleet import Worker
 from rest_mega.rollout.sglang_server import Server
 from rest_mega.rollout.sglang_transports import Tensors
 from rest_mega.rollout.sglang_update import Update, rest
-from rest_mega.rollout.sglang_weights import Checksums
+from rest_mega.rollout.sglang_worker import Worker
 from tests.support.sglang import ReplayServer
 
 ROUTES = {
     "/release_memory_occupation": ["release_memory_occupation"],
     "/resume_memory_occupation": ["resume_memory_occupation"],
     "/update_weights_from_tensor": ["end_weight_update"],
-    "/weights_checker": ["weights_checker_checksum"],
 }
 
 
@@ -48,7 +46,7 @@ async def load(worker: Worker) -> None:
     await update.begin()
     await transport.begin([worker])
     await update.send(transport.prepare([("a", torch.ones(3))]))
-    await update.end(4, Checksums())
+    await update.end(4, {})
     await update.resume()
     assert not update.failed
 
@@ -71,7 +69,8 @@ def test_memory_for_weights_comes_back_before_they_load_and_for_the_cache_afterw
     )  # fmt: skip
     routes = [route for route, _ in asked]
     assert routes.index("/flush_cache") < release < weights  # nothing runs any more: see the client
-    assert weights < routes.index("/begin_weight_update") < routes.index("/weights_checker") < cache
+    assert weights < routes.index("/begin_weight_update")
+    assert routes.index("/update_weights_from_tensor") < cache
     assert cache < routes.index("/continue_generation")
     assert routes.count("/resume_memory_occupation") == 2
 

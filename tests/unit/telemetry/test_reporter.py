@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 import pytest
 
 from rest_mega.config import TelemetryConfig
-from rest_mega.telemetry.report import embed, outcome, summary_line, write_report
-from rest_mega.telemetry.reporter import Reporter, read_rows
+from rest_mega.telemetry.report import outcome, summary_line
+from rest_mega.telemetry.reporter import Reporter
+from rest_mega.telemetry.rows import read_rows
 
 PLAIN = TelemetryConfig(tensorboard=False, console="plain", trajectories=2)
 
@@ -27,7 +27,8 @@ def trajectory(step: int, text: str = "hi") -> dict[str, Any]:
     return {
         "step": step, "prompt": "p", "kind": "k", "sibling": 0, "reward": 1.0,
         "parts": {"format": 1.0}, "advantage": 0.5, "success": True, "stop": "answered",
-        "tokens": [[text, 1, 1.0, -0.1, None]], "turns": [],
+        "text": [text], "region": [1], "turn": [0], "turns": [],
+        "sampled": {"logprob": [-0.1], "weight": [1.0]},
     }  # fmt: skip
 
 
@@ -95,24 +96,6 @@ def test_the_last_line_tells_success_before_and_after(
     changes = "sampled 25.0% -> 75.0%, greedy 50.0% -> 87.5%"
     assert line == f"held-out success: {changes}; report: {tmp_path / 'report.html'}"
     assert "held-out sampled success 75.0%, greedy success 87.5%" in capsys.readouterr().err
-
-
-HOSTILE = "</script><script>alert(1)</script><!-- &amp; \u2028"
-
-
-def test_model_output_cannot_leave_its_script_element(tmp_path: Path) -> None:
-    r = reporter(tmp_path)
-    r.step(1, {"train/loss": 1.0}, [trajectory(1, HOSTILE)])
-    page = write_report(tmp_path).read_text()
-    assert page.count("</script>") == 2  # the page's own two
-    start = page.index('type="application/json">') + len('type="application/json">')
-    data = json.loads(page[start : page.index("</script>", start)])
-    assert data["trajectories"][0]["tokens"][0][0] == HOSTILE
-    assert data["metrics"][0]["train/loss"] == 1.0
-
-
-def test_embedding_is_lossless() -> None:
-    assert json.loads(embed({"text": HOSTILE})) == {"text": HOSTILE}
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
