@@ -44,7 +44,7 @@ from rest_mega.trainer.checkpoint_files import (
 )
 from rest_mega.trainer.model import Architecture, read_architecture
 from rest_mega.trainer.trainer import Trainer
-from rest_mega.watchdog import Watchdog
+from rest_mega.watchdog import FAILED, HUNG, Watchdog
 
 T = TypeVar("T")
 
@@ -199,16 +199,9 @@ def open_session(
 ) -> Session:
     """Start the process groups, build or resume the trainer, start the engine; every rank calls it
     together."""
-    place = parallel.start(config.parallel, config.run.device, config.deadlines)
-    watchdog = Watchdog(
-        place.store,
-        place.rank,
-        place.world_size,
-        Path(config.run.dir) / "hang",
-        dataclasses.asdict(config.deadlines),
-    )
-    watchdog.start()
+    store, watchdog = _meet(config)
     try:
+        place = parallel.start(config.parallel, config.run.device, config.deadlines, store)
         return _open(config, inputs, verb, place, watchdog, total_steps, rollouts)
     except BaseException as error:
         try:
@@ -217,6 +210,23 @@ def open_session(
             watchdog.close()
             parallel.stop()
         raise
+
+
+def _meet(config: RunConfig) -> tuple[Any, Watchdog]:
+    """The ranks' store, once all of them are there, and watched."""
+    rank, size, seconds = launch.rank(), launch.world_size(), config.deadlines.join
+    try:
+        store = parallel.meet(seconds)
+        deadlines = dataclasses.asdict(config.deadlines)
+        watchdog = Watchdog(store, rank, size, Path(config.run.dir) / "hang", deadlines)
+        watchdog.arrive()
+    except (TimeoutError, ConnectionError) as error:
+        late = isinstance(error, TimeoutError)
+        within = f" within {seconds:.0f} s (deadlines.join)" if late else ""
+        sys.stderr.write(f"rest-mega [rank {rank}]: not all ranks arrived{within}: {error}\n")
+        raise SystemExit(HUNG if late else FAILED) from error
+    watchdog.start()
+    return store, watchdog
 
 
 def _together(place: parallel.Parallel, build: Callable[[], T]) -> T:

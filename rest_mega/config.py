@@ -1069,6 +1069,8 @@ class DeadlineConfig:
     """How long each phase of a run may last, in seconds: a rank that is still in it afterwards says
     which ranks have not come as far, every rank writes its stacks to RUN/hang, and the run ends."""
 
+    join: float = 600.0
+    """Until all ranks of the run have arrived, each with the inputs read."""
     start: float = 3600.0
     """Reading the checkpoint, building model, optimizer and engine."""
     rollout: float = 7200.0

@@ -39,7 +39,7 @@ BLAME_S = 5.0
 BEAT_S = 1.0
 """Between two looks of the thread."""
 
-_FAILURE = "failure"
+_ARRIVED, _FAILURE = "arrived", "failure"
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,23 @@ class Watchdog:
         """The next rank's last heartbeat, and when it was first seen."""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def arrive(self) -> None:
+        """Wait until all ranks have come here. TimeoutError names those that have not within the
+        deadline `join`; ConnectionError: the store is gone meanwhile."""
+        end = time.monotonic() + self._deadlines["join"]
+        try:
+            self._mine.set(f"beat/{self._rank}", "0")
+            self._tell()
+            self._mine.add(_ARRIVED, 1)
+            while self._mine.add(_ARRIVED, 0) < self._world:
+                if time.monotonic() > end:
+                    ranks = range(self._world)
+                    missing = [str(r) for r in ranks if not _get(self._mine, f"beat/{r}")]
+                    raise TimeoutError(f"no word of rank {', '.join(missing[:8])}")
+                time.sleep(BEAT_S / 20)
+        except RuntimeError as error:
+            raise ConnectionError("the store is gone: rank 0 or its machine was lost") from error
 
     def start(self) -> None:
         """Begin to watch; all ranks have arrived."""

@@ -126,7 +126,12 @@ class GlobalRows:
             advantage_R, entropy_R = (np.concatenate(column) for column in zip(*held, strict=True))
             shown = rows.sample_R < len(lengths_S)
             at_R = starts_S[rows.sample_R[shown]] + rows.token_R[shown]
-            columns_R = (rows.trainer_R, entropy_R, advantage_R, np.ones(len(entropy_R)))
+            columns_R: tuple[Any, ...] = (
+                rows.trainer_R,
+                entropy_R,
+                advantage_R,
+                np.ones(len(entropy_R)),
+            )
             for row_T, column_R in zip(whole, columns_R, strict=True):
                 row_T[at_R] = column_R[shown]
         *columns, trained_T = self._parallel.sum_in_replica(whole)

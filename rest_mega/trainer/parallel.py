@@ -20,13 +20,14 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 
 from rest_mega import launch
 from rest_mega.config import ConfigError, DeadlineConfig, ParallelConfig
@@ -51,8 +52,6 @@ class Parallel:
     """mcore's ProcessGroupCollection."""
     replica: dist.ProcessGroup
     control: dist.ProcessGroup
-    store: distributed_c10d.Store
-    """Small facts that all ranks share, beside the collectives."""
     replica_ranks: tuple[int, ...]
     tensor_rank: int
     pipeline_rank: int
@@ -201,10 +200,27 @@ def _unpack(data: torch.Tensor) -> dict[str, npt.NDArray[Any]]:
         return {name: archive[name] for name in archive.files}
 
 
+def meet(seconds: float) -> distributed_c10d.Store:
+    """The small key-value store that all ranks of the run share. TimeoutError when it, or on the
+    rank that holds it another rank, is not there within `seconds`."""
+    launch.keep_gloo_on_loopback()
+    rank, size, deadline = launch.rank(), launch.world_size(), datetime.timedelta(seconds=seconds)
+    try:
+        store, _, _ = next(rendezvous(launch.rendezvous(), rank, size, timeout=deadline))
+    except dist.DistError as error:
+        raise TimeoutError(str(error).splitlines()[0]) from error
+    store.set_timeout(deadline)
+    return cast(distributed_c10d.Store, store)
+
+
 def start(
-    config: ParallelConfig, device_name: str, deadlines: DeadlineConfig | None = None
+    config: ParallelConfig,
+    device_name: str,
+    deadlines: DeadlineConfig | None = None,
+    store: distributed_c10d.Store | None = None,
 ) -> Parallel:
-    """Join the run: process groups, mcore's parallel state, this rank's device.
+    """Join the run: process groups, mcore's parallel state, this rank's device. `store`: what
+    `meet` gave, where the ranks have met already.
 
     ConfigError when the world size does not fit the parallel sizes or the device is not there.
     """
@@ -216,7 +232,8 @@ def start(
         torch.set_num_threads(1)
     device = devices.resolve(device_name)
     deadline = datetime.timedelta(seconds=(deadlines or DeadlineConfig()).collective)
-    _join(device, deadline)
+    if not dist.is_initialized():
+        _join(device, deadline, store or meet((deadlines or DeadlineConfig()).join))
     _model_parallel(config, deadline)
     return _place(config, device, deadline)
 
@@ -230,13 +247,12 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _join(device: torch.device, deadline: datetime.timedelta) -> None:
-    if dist.is_initialized():
-        return
-    launch.keep_gloo_on_loopback()
+def _join(
+    device: torch.device, deadline: datetime.timedelta, store: distributed_c10d.Store
+) -> None:
     dist.init_process_group(
         devices.backend(device),
-        init_method=launch.rendezvous(),
+        store=distributed_c10d.PrefixStore("groups", store),
         rank=launch.rank(),
         world_size=launch.world_size(),
         timeout=deadline,
@@ -288,7 +304,6 @@ def _place(config: ParallelConfig, device: torch.device, deadline: datetime.time
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         replica=groups[data_rank],
         control=control,
-        store=distributed_c10d.PrefixStore("rest_mega", distributed_c10d._get_default_store()),
         replica_ranks=replicas[data_rank],
         tensor_rank=state.get_tensor_model_parallel_rank(),
         pipeline_rank=state.get_pipeline_model_parallel_rank(),

@@ -85,6 +85,19 @@ def test_a_killed_rank_ends_the_job_which_says_so_and_resumes(
     resumed(run, tmp_path)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_never_arrives_ends_the_job_which_says_so(
+    run: Run, tmp_path: Path, start_job: Start, rank: int
+) -> None:
+    job = start_job(*words(run, tmp_path), "deadlines.join=3")
+    job.ranks[rank].kill()
+    codes = job.wait(SECONDS)
+    assert codes[rank] == -signal.SIGKILL
+    assert codes[1 - rank] == HUNG, job.said()
+    told = f"rest-mega [rank {1 - rank}]: not all ranks arrived within 3 s (deadlines.join): "
+    assert told in job.said()
+
+
 def test_a_rank_that_stands_still_is_named_with_the_phase(
     run: Run, tmp_path: Path, start_job: Start
 ) -> None:
@@ -168,12 +181,13 @@ def test_thirty_kills_at_random_moments(run: Run, tmp_path: Path, start_job: Sta
     whole = time.monotonic() - began
     for number in range(30):
         folder = tmp_path / str(number)
-        job = start_job(*words(run, folder), folder=folder)
+        job = start_job(*words(run, folder), "deadlines.join=20", folder=folder)
         rank = draw.randrange(2)
         time.sleep(draw.uniform(0.0, whole))
         job.ranks[rank].kill()
         codes = job.wait(SECONDS)
         assert None not in codes, f"kill {number}: {job.said()}"
         if codes[1 - rank] != 0:  # it had not ended already
-            assert "rest-mega" in job.said() or "rank" in job.said(), f"kill {number}"
+            assert codes[1 - rank] in (FAILED, HUNG), f"kill {number}: {job.said()}"
+            assert f"rest-mega [rank {1 - rank}]: " in job.said(), f"kill {number}"
         resumed(run, folder)

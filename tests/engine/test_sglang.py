@@ -75,14 +75,19 @@ def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with two of each kind of the quick-start's held-out tasks."""
+def written(folder: Path, *, held_out: bool) -> Path:
+    """A file with two of each kind of the quick-start's tasks."""
     make_data = load_modules([str(QUICKSTART / "make_data.py")])[0]
-    file = tmp_path_factory.mktemp("data") / "held_out.jsonl"
-    drawn = make_data.prompts("engine", 20, held_out=True)
+    file = folder / ("held_out.jsonl" if held_out else "train.jsonl")
+    drawn = make_data.prompts("engine", 20, held_out=held_out)
     file.write_text("".join(json.dumps(row) + "\n" for row in drawn))
     return file
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Held-out tasks."""
+    return written(tmp_path_factory.mktemp("data"), held_out=True)
 
 
 @torch.no_grad()
@@ -166,16 +171,20 @@ def test_the_trainer_scores_what_it_published_over_each_transport(
 def test_a_run_trains_on_the_servers_with_logprobs_that_are_its_own(
     servers: SglangEngine, rows: Path, tmp_path: Path
 ) -> None:
+    train = written(tmp_path, held_out=False)
     words = [
-        "train", str(QUICKSTART / "config.yaml"), f"run.dir={tmp_path}", "run.steps=2",
-        f"data.train={rows}", f"data.held_out={rows}", "evaluation.prompts=4",
+        "train", str(QUICKSTART / "config.yaml"), f"run.dir={tmp_path / 'run'}", "run.steps=2",
+        f"data.train={train}", f"data.held_out={rows}", "evaluation.prompts=4",
         "evaluation.greedy=false", "parallel.pipeline=1", "parallel.tensor=2",
         "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "rollout.engine=sglang",
+        "credit.equal_groups=keep",
         f"rollout.sglang.urls=[{', '.join(servers.urls)}]", "telemetry.tensorboard=false",
     ]  # fmt: skip
     for ended in run_ranks(run_verb, 2, words, timeout=600):
         assert ended.code == 0, ended.err
-    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     name = "policy/rollout_gap_max"
     gaps_of_steps = [row[name] for row in metrics if name in row]
     assert len(gaps_of_steps) == 2

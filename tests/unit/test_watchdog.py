@@ -15,7 +15,7 @@ from rest_mega import watchdog
 from rest_mega.config import ConfigError
 from rest_mega.watchdog import BAD_INPUT, FAILED, HUNG, Watchdog
 
-DEADLINES = {"start": 60.0, "loop": 60.0, "train": 0.3, "rollout": 60.0}
+DEADLINES = {"join": 60.0, "start": 60.0, "loop": 60.0, "train": 0.3, "rollout": 60.0}
 
 
 class Ranks:
@@ -59,6 +59,19 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     yield made
     for dog in made.dogs:
         dog.close()
+
+
+def test_all_ranks_arrive_or_the_missing_ones_are_named(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = threading.Thread(target=ranks.dogs[0].arrive, daemon=True)
+    first.start()
+    monkeypatch.setitem(DEADLINES, "join", 0.2)
+    with pytest.raises(TimeoutError, match=r"no word of rank 1$"):
+        ranks.dogs[2].arrive()
+    ranks.dogs[1].arrive()
+    first.join(timeout=30)
+    assert not first.is_alive()
 
 
 def test_a_phase_beyond_its_deadline_names_who_has_not_arrived(
