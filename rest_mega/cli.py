@@ -30,10 +30,14 @@ OWN_WORDS = {
         "rest_mega.replay",
         "a step of a run once more, from its kept episodes: RUN --step N",
     ),
+    "plan": (
+        "rest_mega.plan",
+        "does it fit, how fast will it go: CONFIG [--gpus N] [--gpu NAME] [section.key=value ...]",
+    ),
     "tail": ("rest_mega.tail", "what a run says, as it says it: RUN"),
     "report": ("rest_mega.telemetry.report", "a page of runs, side by side: RUN [RUN ...]"),
 }
-"""Verbs without a config: their module's `main` reads what follows."""
+"""Verbs with words of their own: their module's `main` reads what follows."""
 
 MEGATRON_ALIASES = {
     "--tensor-model-parallel-size": "parallel.tensor",
@@ -76,7 +80,7 @@ verbs:
 {verbs}
 
 Relative paths are relative to the current directory. `rest-mega keys` lists every config key,
-`rest-mega convert --help` (and eval, compare, replay, report, tail) what follows that verb.
+`rest-mega convert --help` (and plan, eval, compare, replay, report, tail) what follows that verb.
 """
 
 

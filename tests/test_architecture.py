@@ -34,13 +34,14 @@ ARROWS: dict[str, set[str]] = {
     "rollout": {"data", "dialects", "environments"},
     "trainer": {"losses"},
     "sync": {"trainer", "rollout"},
+    "planning": {"sync", "trainer"},
     "evaluation": {"trainer", "rollout", "rewards", "data", "dialects", "environments"},
 }
 """Room -> the rooms it may import besides itself and the ground; downwards only."""
 TOP = {
     "__main__", "assemble", "benchmark", "cli", "compare", "convert", "dump", "evaluate", "guard",
-    "nonfinite", "replay", "rollout_step", "run_directory", "session", "sft", "step_metrics",
-    "stop", "tail", "train", "watchdog",
+    "nonfinite", "plan", "replay", "rollout_step", "run_directory", "session", "sft",
+    "step_metrics", "stop", "tail", "train", "watchdog",
 }  # fmt: skip
 """Modules that put rooms together; no room imports them."""
 UNPICKLER = "trainer/checkpoint_pickles.py"
@@ -48,6 +49,7 @@ UNPICKLER = "trainer/checkpoint_pickles.py"
 PURE = ("data", "dialects", "environments", "rewards", "credit", "losses", "kernels")
 NARROW = {
     "sync": {"rollout.engine"},
+    "planning": {"trainer.model", "sync.names"},
     "evaluation": {"trainer.parallel", "rollout.collect", "rollout.engine"},
 }
 """Room -> the only modules of higher-standing rooms (rollout, trainer) it may know, where not all;
@@ -112,8 +114,12 @@ def test_a_file_imports_only_what_lies_below_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("here", NARROW)
-def test_sync_and_evaluation_know_only_these_doors_of_the_floor_below(here: str) -> None:
-    floor = {"rollout", "trainer"} if here == "evaluation" else {"rollout"}
+def test_rooms_know_only_these_doors_of_the_floor_below(here: str) -> None:
+    floor = {
+        "sync": {"rollout"},
+        "planning": {"trainer", "sync"},
+        "evaluation": {"rollout", "trainer"},
+    }[here]
     for name in SOURCES:
         for dotted in own(name) if room(name) == here else ():
             parts = dotted.split(".")

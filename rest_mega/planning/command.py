@@ -1,0 +1,86 @@
+"""The plan of a config, or of the layouts for a number of GPUs, as a table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rest_mega.config import RunConfig
+from rest_mega.planning.estimate import Plan, plan
+from rest_mega.planning.gpus import GPUS, MATMUL_SHARE
+from rest_mega.planning.layouts import limit, propose
+from rest_mega.trainer.model import read_architecture
+
+
+def main(config: RunConfig, gpu: str, gpus: int | None, ranks: int | None) -> int:
+    """Print the config's own layout on `ranks` GPUs (None: the fewest), or with `gpus` the best
+    layouts for that many; 1 if none fits."""
+    a = read_architecture(config.model.path)
+    if gpus is None:
+        made = plan(config, a, gpu, ranks)
+        sys.stdout.write("\n".join([*_head(made), *_detail(made)]) + "\n")
+        return 0 if made.fits else 1
+    if gpu not in GPUS:
+        plan(config, a, gpu, gpus)  # tells the known ones
+    best, refused = propose(config, a, GPUS[gpu], gpus)
+    if not best:
+        sys.stdout.write(f"no layout divides the model on {gpus} GPUs: refused {refused}\n")
+        return 1
+    sys.stdout.write("\n".join([*_head(best[0]), *table(best), f"refused: {refused or 'none'}"]))
+    sys.stdout.write("\n\nthe first of them:\n" + "\n".join(_detail(best[0])) + "\n")
+    return 0 if best[0].fits else 1
+
+
+def table(plans: Sequence[Plan]) -> list[str]:
+    """One line per layout."""
+    lines = ["   TP   PP  VPP   EP   DP recompute  memory fits bubble   MFU tokens/s step s  limit"]
+    for made in plans:
+        s = made.config.parallel
+        lines.append(
+            f"{s.tensor:5}{s.pipeline:5}{s.virtual_pipeline:5}{s.expert:5}"
+            f"{made.batch.replicas:5} {made.config.model.recompute:9}"
+            f"{_gb(made.memory.total):>8} {'yes' if made.fits else 'no':>4}"
+            f"{made.bubble:7.1%}{made.mfu:6.1%}{made.tokens_per_second:9,.0f}"
+            f"{made.step_seconds:7.1f}  {limit(made)}"
+        )
+    return lines
+
+
+def _head(made: Plan) -> list[str]:
+    batch, rollout = made.batch, made.config.rollout
+    return [
+        f"{made.parameters / 1e9:.2f} B parameters on {made.gpus} x {made.gpu.name}; "
+        f"{MATMUL_SHARE:.0%} of peak assumed inside a rank, trajectories at their longest",
+        f"batch: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = "
+        f"{batch.trajectories} trajectories -> {batch.optimizer_steps} optimizer steps x "
+        f"{batch.replicas} replicas x {batch.microbatches} micro-batches of "
+        f"{made.config.packing.tokens} tokens",
+    ]
+
+
+def _detail(made: Plan) -> list[str]:
+    lines = ["stage parameters gradients optimizer activations    head   total"]
+    shown = {made.stages[0], made.memory, made.stages[-1]}
+    for m in sorted(shown, key=lambda one: one.stage):
+        worst = f"  <- fullest, of {_gb(made.room)}" if m is made.memory else ""
+        lines.append(
+            f"{m.stage:5}{_gb(m.parameters):>11}{_gb(m.gradients):>10}{_gb(m.optimizer):>10}"
+            f"{_gb(m.activations):>12}{_gb(m.head):>8}{_gb(m.total):>8}{worst}"
+        )
+    sent = ", ".join(f"{k} {_gb(v)}" for k, v in made.traffic.items() if v)
+    phases = ", ".join(f"{name} {value:.2f}" for name, value in made.seconds.items())
+    return [
+        *lines,
+        f"sent by a rank in a step: {sent}",
+        f"seconds: {phases}; step {made.step_seconds:.2f}",
+        f"bubble {made.bubble:.1%}, MFU {made.mfu:.1%}, {made.tokens_per_second:,.0f} tokens/s in "
+        f"training; limited by {limit(made)}",
+        "fits"
+        if made.fits
+        else "DOES NOT FIT: raise parallel.tensor or parallel.pipeline, or set "
+        "model.recompute=full",
+    ]
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f}G"

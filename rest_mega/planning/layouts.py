@@ -1,0 +1,79 @@
+"""Layouts of a model on a number of GPUs, best first, and what limits each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from rest_mega.config import ConfigError, ParallelConfig, RunConfig
+from rest_mega.planning.estimate import Plan, plan
+from rest_mega.planning.gpus import Gpu
+from rest_mega.trainer.model import Architecture
+
+
+def propose(
+    config: RunConfig, a: Architecture, gpu: Gpu, gpus: int, count: int = 5
+) -> tuple[list[Plan], str]:
+    """The `count` fastest layouts that fit (the smallest ones where none does), one per TP x PP x
+    EP; and why the others were refused, counted."""
+    found: dict[tuple[int, int, int], Plan] = {}
+    refused: dict[str, int] = {}
+    for sizes, recompute in _candidates(a, gpu, gpus):
+        one = dataclasses.replace(
+            config,
+            parallel=sizes,
+            model=dataclasses.replace(config.model, recompute=recompute),
+        )
+        try:
+            made = plan(one, a, gpu, gpus)
+        except ConfigError as error:
+            key = str(error).split("=")[0].split(" ")[0]
+            refused[key] = refused.get(key, 0) + 1
+            continue
+        place = (sizes.tensor, sizes.pipeline, sizes.expert)
+        if place not in found or _rank(made) < _rank(found[place]):
+            found[place] = made
+    best = sorted(found.values(), key=_rank)[:count]
+    return best, ", ".join(f"{number} by {key}" for key, number in refused.items())
+
+
+def limit(made: Plan) -> str:
+    """What holds this layout back most."""
+    sizes, memory = made.config.parallel, made.memory
+    if not made.fits:
+        return f"memory: stage {memory.stage} needs {memory.total / made.room:.1f} x the room"
+    if sizes.tensor > made.gpu.per_node:
+        return "TP across nodes"
+    if made.bubble > 0.15:
+        return f"bubble: {made.batch.microbatches} micro-batches for {sizes.pipeline} stages"
+    if made.seconds["rollout"] > made.step_seconds / 2:
+        return "rollout: decoding reads weights and KV cache"
+    if made.config.model.recompute == "full":
+        return "memory: activations are recomputed"
+    return "compute"
+
+
+def _rank(made: Plan) -> tuple[bool, float]:
+    return not made.fits, made.step_seconds if made.fits else float(made.memory.total)
+
+
+def _candidates(a: Architecture, gpu: Gpu, gpus: int) -> Iterator[tuple[ParallelConfig, str]]:
+    experts = a.experts.count if a.experts else 1
+    for tensor in _divisors(a.heads, 2 * gpu.per_node):
+        for pipeline in _divisors(a.layers, gpus // tensor):
+            chunks = (1, 2, 4) if pipeline > 1 else (1,)
+            for virtual in (v for v in chunks if a.layers % (pipeline * v) == 0):
+                for expert in _divisors(experts, min(64, gpus // pipeline)):
+                    sizes = ParallelConfig(
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        virtual_pipeline=virtual,
+                        expert=expert,
+                        sequence=tensor > 1,
+                    )
+                    for recompute in ("none", "selective", "full"):
+                        yield sizes, recompute
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [d for d in range(1, min(number, most) + 1) if number % d == 0]
