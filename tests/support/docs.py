@@ -137,9 +137,10 @@ def _launched(words: list[str]) -> tuple[str, list[str]]:
 def _check_verb(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help", "VERB", "keys"):
         return
-    assert words[0] in {**cli.VERBS, **cli.OWN_WORDS}, f"unknown verb {words[0]}"
-    if words[0] in cli.OWN_WORDS:
-        module = ROOT / (cli.OWN_WORDS[words[0]][0].replace(".", "/") + ".py")
+    verb = "eval --suite" if words[0] == "eval" and "--suite" in words else words[0]
+    assert verb in {**cli.VERBS, **cli.OWN_WORDS}, f"unknown verb {verb}"
+    if verb in cli.OWN_WORDS:
+        module = ROOT / (cli.OWN_WORDS[verb][0].replace(".", "/") + ".py")
         return _check_options(module, words[1:])
     path = ROOT / words[1]
     if PLACEHOLDER.search(words[1]) or words[1].startswith("runs/"):

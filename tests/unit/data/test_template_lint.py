@@ -40,6 +40,20 @@ def test_what_is_known_of_a_family_is_found_and_nothing_else(family: str) -> Non
     assert [(one.grade, one.name) for one in found] == EXPECTED[family]
 
 
+def test_the_docs_table_is_what_is_found() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "templates.md").read_text("utf-8")
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.partition("| family |")[2].partition("| finding |")[0].splitlines()[2:]
+    ]
+    told = [[set(filter(None, cell.split(", "))) for cell in row[2:]] for row in rows if row]
+    found = [
+        [{name for grade, name in names if grade == wanted} for wanted in (WARNING, NOTE)]
+        for names in EXPECTED.values()
+    ]
+    assert told == found
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rollouts_deltas_are_the_templates_own_text_for_every_family(family: str) -> None:
     """Independent reference: the rendering of the whole conversation, cut at its end of turn."""
