@@ -362,3 +362,29 @@ def test_a_server_that_is_killed_in_mid_rollout_costs_no_episode_and_comes_back(
         assert_scored(other, request, done)  # also by the server that was started anew
         assert set(done.version_T) == {6}
     assert all(now > then for now, then in zip(servers.answered, before, strict=True))
+
+
+def test_a_server_that_is_killed_in_a_weight_push_comes_back_with_the_new_weights(
+    servers: SglangEngine, model: Any
+) -> None:
+    """One of two dies between the first buckets; the load ends with both holding all of it."""
+    other = moved(model, 0.99)
+    servers.load_parameters(model.named_parameters(), 7)
+    victim, pid, losses = servers.urls[1], servers.pids[1], servers.losses
+
+    def parameters() -> Any:
+        for number, pair in enumerate(other.named_parameters()):
+            if number == 20:
+                os.kill(pid, signal.SIGKILL)
+            yield pair
+
+    servers.load_parameters(parameters(), 8)
+    assert servers.version == 8
+    assert servers.losses == losses + 1
+    assert servers.urls[1] != victim
+    assert servers.checksums()[0] == servers.checksums()[1]
+    before, requests = servers.answered, asked(12, 8)
+    for request, done in zip(requests, servers.generate(requests, Sampling()), strict=True):
+        assert_scored(other, request, done)
+        assert set(done.version_T) == {8}
+    assert all(now > then for now, then in zip(servers.answered, before, strict=True))
