@@ -23,7 +23,7 @@ def rank_of(config: ParallelConfig, rank: int, world: int) -> Iterator[Parallel]
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     devices.adapt_mcore()
-    store = FakeStore()  # type: ignore[no-untyped-call]
+    store = FakeStore()
     dist.init_process_group("fake", rank=rank, world_size=world, store=store)
     try:
         places._model_parallel(config, datetime.timedelta(seconds=60))
