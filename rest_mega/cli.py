@@ -101,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write("\n".join(known_keys()) + "\n")
         return 0
     own = words[0] if words[0] in OWN_WORDS else f"{words[0]} --suite"
+    if words[0] == "train" and "--dry-run" in words:
+        dry_run = importlib.import_module("rest_mega.dry_run")
+        return _run(lambda: dry_run.main(words[1:]), "interrupted")
     if own in OWN_WORDS and (own == words[0] or _names_a_suite(words)):
         module = importlib.import_module(OWN_WORDS[own][0])
         return _run(lambda: module.main(words[1:]), "interrupted")

@@ -39,8 +39,8 @@ ARROWS: dict[str, set[str]] = {
 }
 """Room -> the rooms it may import besides itself and the ground; downwards only."""
 TOP = {
-    "__main__", "assemble", "benchmark", "cli", "compare", "convert", "dump", "evaluate", "guard",
-    "nonfinite", "plan", "replay", "rollout_step", "run_directory", "session", "sft",
+    "__main__", "assemble", "benchmark", "cli", "compare", "convert", "dry_run", "dump", "evaluate",
+    "guard", "nonfinite", "plan", "replay", "rollout_step", "run_directory", "session", "sft",
     "step_metrics", "stop", "tail", "train", "watchdog",
 }  # fmt: skip
 """Modules that put rooms together; no room imports them."""

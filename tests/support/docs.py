@@ -142,6 +142,8 @@ def _check_verb(words: list[str]) -> None:
     if verb in cli.OWN_WORDS:
         module = ROOT / (cli.OWN_WORDS[verb][0].replace(".", "/") + ".py")
         return _check_options(module, words[1:])
+    if "--dry-run" in words:
+        return _check_options(ROOT / "rest_mega" / "dry_run.py", words[2:])
     path = ROOT / words[1]
     if PLACEHOLDER.search(words[1]) or words[1].startswith("runs/"):
         return check_overrides(words[2:])
