@@ -380,7 +380,8 @@ class SglangConfig:
     inside requests), distributed (broadcast by NCCL, or gloo without GPUs) or disk (a checkpoint
     folder in the run directory that the servers can read)."""
     bucket_mb: int = 512
-    """Weights travel in buckets of this size, two at a time."""
+    """Weights travel in buckets: one is gathered while another is sent, and the two together (or
+    one and its copy) take at most twice this much memory."""
     keep_copy: bool = True
     """Keep the newest weights in the run directory, for a server that has to be started again;
     without it a lost server ends the run. transport=disk always does."""

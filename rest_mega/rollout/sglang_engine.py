@@ -187,19 +187,21 @@ class SglangEngine:
         return update.failed
 
     def _send(self, update: Update, tensors: Iterable[tuple[str, Any]], keep: bool) -> None:
-        """Two buckets at a time: one is gathered, summed and kept while the one before is sent."""
+        """One bucket is gathered, summed and kept while the one before is sent; twice
+        rollout.sglang.bucket_mb is held at most."""
         sent: Future[None] | None = None
         stream = checked(tensors, self._shapes, self._dtype)
+        size = self._transport.bucket_bytes(self._config.bucket_mb * 2**20)
         try:
-            for bucket in buckets(stream, self._config.bucket_mb * 2**20):
+            for bucket in buckets(stream, size):
                 for sums in self._sums.values():
                     sums.add(bucket)
                 if keep:
                     self._kept.add(bucket)
-                prepared = self._transport.prepare(bucket)
                 if sent is not None:
                     sent.result()
-                sent = self._submit(update.send(prepared))
+                sent = self._submit(update.send(self._transport.prepare(bucket)))
+                bucket.clear()  # not held while the next is gathered
         finally:
             if sent is not None:
                 sent.result()

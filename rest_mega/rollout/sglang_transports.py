@@ -1,8 +1,9 @@
 """How buckets of weights reach the servers: inside requests, by CUDA IPC, by broadcast, or as a
 checkpoint folder.
 
-A transport is told to `prepare` a bucket while the one before is sent, so two of them are held at a
-time.
+A transport is told to `prepare` a bucket once the one before is sent. What it makes holds no tensor
+of the bucket, so at most two buckets' worth of memory is taken: what is sent and what is gathered
+meanwhile, or a bucket and its flat copy.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ import torch.distributed as dist
 from rest_mega import launch
 from rest_mega.rollout.sglang_client import ServerLost, ServerRefused
 from rest_mega.rollout.sglang_weights import Bucket, Kept
-from rest_mega.rollout.sglang_wire import flatten, listed, payload
+from rest_mega.rollout.sglang_wire import Entry, entries, flatten, listed, payload
 from rest_mega.rollout.sglang_worker import Worker
 
 
 class Transport(Protocol):
     """How buckets reach the servers."""
 
+    def bucket_bytes(self, budget: int) -> int:
+        """The size of buckets of which twice `budget` is all the memory that is taken; after
+        `begin`."""
+
     def prepare(self, bucket: Bucket) -> Any:
-        """What `send` takes; called outside the event loop, while the bucket before is sent."""
+        """What `send` takes; called outside the event loop, once the bucket before is sent."""
 
     async def begin(self, workers: Sequence[Worker]) -> None:
         """Before the first bucket."""
@@ -51,7 +56,7 @@ class Transport(Protocol):
 class _Packed:
     """A bucket as `Tensors` sends it. The GPU memory stays ours until all have answered."""
 
-    bucket: Bucket
+    table: list[Entry]
     flats: dict[int, torch.Tensor]
     """Per GPU of a server, its copy of the bucket."""
     text: str
@@ -64,24 +69,31 @@ class Tensors:
 
     def __init__(self) -> None:
         self._gpus: list[int] = []
-        self._in_text = True
+        self._in_text, self._copies = True, 1
+
+    def bucket_bytes(self, budget: int) -> int:
+        """Text is four thirds of its bytes; beside a bucket and its flat copy there are the pickle
+        and the text, or the text and a request with the text for each tensor rank."""
+        return max(1, budget // (3 + self._copies)) if self._in_text else budget
 
     def prepare(self, bucket: Bucket) -> _Packed:
         """Copies on the servers' GPUs, and base64 text where a server needs it."""
         if self._gpus:
             torch.cuda.ipc_collect()  # what servers have let go since
         flats = {gpu: flatten(bucket, f"cuda:{gpu}") for gpu in self._gpus}
-        text = payload(bucket, flatten(bucket)) if self._in_text else ""
-        return _Packed(bucket, flats, text)
+        table = entries(bucket)
+        text = payload(table, flatten(bucket)) if self._in_text else ""
+        return _Packed(table, flats, text)
 
     async def begin(self, workers: Sequence[Worker]) -> None:
         """Who gets handles."""
         self._gpus = sorted({gpu for worker in workers for gpu in _handle_gpus(worker)})
-        self._in_text = not all(map(_handle_gpus, workers))
+        texts = [worker.info.tensor_size for worker in workers if not _handle_gpus(worker)]
+        self._in_text, self._copies = bool(texts), max(texts, default=1)
 
     async def send(self, worker: Worker, prepared: _Packed) -> None:
         """One payload for each tensor rank, which takes its own part of the tensors in it."""
-        handles = [payload(prepared.bucket, prepared.flats[gpu]) for gpu in _handle_gpus(worker)]
+        handles = [payload(prepared.table, prepared.flats[gpu]) for gpu in _handle_gpus(worker)]
         await worker.client.load_tensors(handles or [prepared.text] * worker.info.tensor_size)
 
     async def share(self, prepared: _Packed) -> None:
@@ -107,6 +119,10 @@ class Disk:
 
     def __init__(self, kept: Kept) -> None:
         self._kept = kept
+
+    def bucket_bytes(self, budget: int) -> int:
+        """Buckets are written as they come."""
+        return budget
 
     def prepare(self, bucket: Bucket) -> None:
         """The folder has it already."""
@@ -142,9 +158,13 @@ class Broadcast:
         self._group: Any = None
         self._on_gpus = False
 
-    def prepare(self, bucket: Bucket) -> tuple[Bucket, torch.Tensor]:
-        """The bucket, and its bytes on the device that broadcasts."""
-        return bucket, flatten(bucket, self._device if self._on_gpus else "cpu")
+    def bucket_bytes(self, budget: int) -> int:
+        """A bucket and its flat copy."""
+        return budget
+
+    def prepare(self, bucket: Bucket) -> tuple[list[Entry], torch.Tensor]:
+        """What is in the bucket, and its bytes on the device that broadcasts."""
+        return entries(bucket), flatten(bucket, self._device if self._on_gpus else "cpu")
 
     async def begin(self, workers: Sequence[Worker]) -> None:
         """Make the group, unless it is still that of the same workers and starts."""
@@ -187,11 +207,11 @@ class Broadcast:
         with launch.variable_set("TORCH_NCCL_BLOCKING_WAIT", "1"):
             return made.ProcessGroupNCCL(store, 0, world, options)
 
-    async def send(self, worker: Worker, prepared: tuple[Bucket, torch.Tensor]) -> None:
+    async def send(self, worker: Worker, prepared: tuple[list[Entry], torch.Tensor]) -> None:
         """What will be broadcast."""
         await worker.client.receive(listed(prepared[0]) | {"group_name": self._name})
 
-    async def share(self, prepared: tuple[Bucket, torch.Tensor]) -> None:
+    async def share(self, prepared: tuple[list[Entry], torch.Tensor]) -> None:
         """The broadcast itself."""
         await asyncio.to_thread(self._broadcast, prepared[1])
 

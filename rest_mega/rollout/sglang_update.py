@@ -16,7 +16,7 @@ from rest_mega.rollout.sglang_checksums import Checksums, Kind
 from rest_mega.rollout.sglang_client import Client, ServerLost, ServerRefused
 from rest_mega.rollout.sglang_transports import Transport
 from rest_mega.rollout.sglang_weights import Kept
-from rest_mega.rollout.sglang_wire import flatten, payload
+from rest_mega.rollout.sglang_wire import entries, flatten, payload
 from rest_mega.rollout.sglang_worker import Worker
 
 Sums = Mapping[Kind, Checksums]
@@ -109,7 +109,7 @@ async def restore(worker: Worker, kept: Kept, version: int, sums: Sums) -> None:
     await worker.client.flush()
     await _open_bracket(worker.client)
     for bucket in kept.read():
-        text = await asyncio.to_thread(lambda held: payload(held, flatten(held)), bucket)
+        text = await asyncio.to_thread(lambda held: payload(entries(held), flatten(held)), bucket)
         await worker.client.load_tensors([text] * worker.info.tensor_size)
     await worker.client.end_update()
     await name(worker, version, sums)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import base64
 import io
 import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +35,22 @@ def flatten(bucket: Bucket, device: torch.device | str = "cpu") -> torch.Tensor:
     return flat
 
 
-def payload(bucket: Bucket, flat: torch.Tensor) -> str:
+@dataclass(frozen=True)
+class Entry:
+    """What stands in the table of a flat tensor."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    nbytes: int
+
+
+def entries(bucket: Bucket) -> list[Entry]:
+    """The table of a bucket; holds none of its tensors."""
+    return [Entry(name, t.shape, t.dtype, t.nbytes) for name, t in bucket]
+
+
+def payload(table: Sequence[Entry], flat: torch.Tensor) -> str:
     """What /update_weights_from_tensor takes for one tensor rank, with load_format
     flattened_bucket: base64 of a pickle of `flat` and its table.
 
@@ -42,33 +59,33 @@ def payload(bucket: Bucket, flat: torch.Tensor) -> str:
     that must be opened exactly once: torch counts its readers, and frees the memory after the last.
     """
     written = io.BytesIO()
-    _Pickler(written, protocol=4).dump({"flattened_tensor": flat, "metadata": _table(bucket)})
+    _Pickler(written, protocol=4).dump({"flattened_tensor": flat, "metadata": _metadata(table)})
     return base64.b64encode(written.getbuffer()).decode("ascii")
 
 
-def listed(bucket: Bucket) -> dict[str, list[Any]]:
+def listed(table: Sequence[Entry]) -> dict[str, list[Any]]:
     """What /update_weights_from_distributed takes for the broadcast of the flat tensor."""
     return {
-        "names": [name for name, _ in bucket],
-        "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-        "shapes": [list(tensor.shape) for _, tensor in bucket],
+        "names": [entry.name for entry in table],
+        "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in table],
+        "shapes": [list(entry.shape) for entry in table],
     }
 
 
-def _table(bucket: Bucket) -> list[SimpleNamespace]:
+def _metadata(table: Sequence[Entry]) -> list[SimpleNamespace]:
     """The fields of SGLang's FlattenedTensorMetadata, which the server copies one by one; `numel`
     and the offsets count bytes."""
-    table, offset = [], 0
-    for name, tensor in bucket:
-        stop = offset + tensor.nbytes
-        table.append(
+    rows, offset = [], 0
+    for entry in table:
+        stop = offset + entry.nbytes
+        rows.append(
             SimpleNamespace(
-                name=name, shape=tensor.shape, dtype=tensor.dtype,
-                start_idx=offset, end_idx=stop, numel=tensor.nbytes,
+                name=entry.name, shape=entry.shape, dtype=entry.dtype,
+                start_idx=offset, end_idx=stop, numel=entry.nbytes,
             )
         )  # fmt: skip
         offset = stop
-    return table
+    return rows
 
 
 class _Pickler(pickle.Pickler):

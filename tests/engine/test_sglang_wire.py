@@ -12,7 +12,7 @@ import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from rest_mega.rollout.sglang_weights import Bucket
-from rest_mega.rollout.sglang_wire import flatten, payload
+from rest_mega.rollout.sglang_wire import entries, flatten, payload
 from tests.support.ipc_reader import KNOWN
 from tests.support.sglang import PYTHON, ROOT, STANDINS
 
@@ -52,9 +52,9 @@ def test_sglang_reads_our_buckets_and_finds_the_gpu_of_a_handle() -> None:
         [("a", torch.randn((2, 3), generator=draw)), ("b", torch.randn(4, generator=draw))],
         [("c", torch.randn((7, 1), generator=draw).bfloat16())],
     ]
-    texts = [payload(bucket, flatten(bucket)) for bucket in sent]
+    texts = [payload(entries(bucket), flatten(bucket)) for bucket in sent]
     handle: Any = Handle()
-    refused, *got, of_handle = answers([*texts, payload(sent[1], handle)])
+    refused, *got, of_handle = answers([*texts, payload(entries(sent[1]), handle)])
     for bucket, found in zip(sent, got, strict=True):
         assert found == [
             [name, list(t.shape), str(t.dtype), t.double().flatten().tolist()] for name, t in bucket

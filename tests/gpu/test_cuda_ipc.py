@@ -22,7 +22,7 @@ from rest_mega.rollout.sglang_client import ServerInfo
 from rest_mega.rollout.sglang_server import Server
 from rest_mega.rollout.sglang_transports import Tensors
 from rest_mega.rollout.sglang_weights import Bucket
-from rest_mega.rollout.sglang_wire import flatten, payload
+from rest_mega.rollout.sglang_wire import entries, flatten, payload
 from rest_mega.rollout.sglang_worker import Worker
 from tests.support.ipc_reader import described, summed
 
@@ -101,7 +101,7 @@ def test_another_process_finds_the_same_tensors_on_the_same_gpu(
 ) -> None:
     sent = bucket(1, 300, dtype)
     flat = flatten(sent, "cuda:0")
-    text = payload(sent, flat)
+    text = payload(entries(sent), flat)
     assert len(text) < 8192  # handles, no bytes
     uuid = str(torch.cuda.get_device_properties(0).uuid)
     assert uuid.encode() in base64.b64decode(text)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -11,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rest_mega.config import ConfigError, SglangConfig
 from rest_mega.rollout.engine import Completion, Request, Sampling
 from rest_mega.rollout.sglang_client import ServerInfo, ServerRefused
 from rest_mega.rollout.sglang_engine import SglangEngine
+from rest_mega.rollout.sglang_transports import Broadcast
 from rest_mega.rollout.sglang_worker import STICK, Worker, choose
 from tests.support.models import save_model
 from tests.support.sglang import ReplayServer, recorded
@@ -215,6 +220,50 @@ def test_weights_are_loaded_in_their_bracket_between_pause_and_continue(
             "/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update",
             "/update_weight_version", "/continue_generation",
         ]  # fmt: skip
+
+
+class Held(Broadcast):
+    """A broadcast's buckets, sent to nobody: only what is held meanwhile counts."""
+
+    async def begin(self, workers: Any) -> None:
+        """No group."""
+
+    async def send(self, worker: Any, prepared: Any) -> None:
+        """The bucket before is being loaded while the next is gathered."""
+        await asyncio.sleep(0.05)
+
+    async def share(self, prepared: Any) -> None:
+        """No group."""
+
+
+def alive() -> int:
+    """Bytes of all tensors' storages."""
+    tensors = (one for one in gc.get_objects() if type(one) is torch.Tensor)
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
+
+
+def test_a_load_holds_two_buckets_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the two there is the tensor that a full bucket has no room for."""
+    model = save_model(tmp_path / "model", "qwen3", vocab_size=512, num_hidden_layers=6)
+    with playing(model, tmp_path, ["generate_stop_token_ids"]) as (engine, _):
+        shapes = dict(engine._shapes)
+        sizes = sorted(4 * math.prod(shape) for shape in shapes.values())
+        limit, before, held = sizes[-1], alive(), list[int]()
+        transport = Held("127.0.0.1", 5, "cpu")
+        monkeypatch.setattr(transport, "bucket_bytes", lambda _: limit)
+        monkeypatch.setattr(engine, "_transport", transport)
+
+        def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+            for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
+                tensor = torch.ones(shapes[name])
+                held.append(alive() - before)
+                yield name, tensor
+
+        engine.load_parameters(gathered(), VERSION + 1)
+    assert sum(sizes) > 5 * limit
+    assert limit < max(held) <= 2 * limit + sizes[-2]
 
 
 def test_weights_that_a_server_holds_other_than_they_were_sent_are_refused(
