@@ -483,3 +483,31 @@ def test_after_a_power_cut_the_checkpoint_before_it_is_used(model: str, tmp_path
             assert name == "step_00000001", target
             (problem,) = problems  # a changed manifest may blame a file that is as it was
             assert (str(Path(target).parent) if "manifest" in target else target) in problem
+
+
+@pytest.mark.slow
+def test_a_file_of_the_newest_cut_off_at_every_byte_leaves_the_one_before(
+    model: str, tmp_path: Path
+) -> None:
+    """Every length of files up to 16 KiB; of larger ones both ends and 4,000 drawn between."""
+    from rest_mega.trainer.checkpoint_files import newest
+
+    run_ranks(_two_checkpoints, 2, model, str(tmp_path))
+    draw, tried = random.Random(0), 0
+    for file in sorted((tmp_path / "checkpoints" / "step_00000002").iterdir()):
+        data = file.read_bytes()
+        lengths = set(range(len(data)))
+        if len(data) > 2**14:
+            ends = {*range(1024), *range(len(data) - 1024, len(data))}
+            lengths = ends | {draw.randrange(len(data)) for _ in range(4000)}
+        for length in sorted(lengths, reverse=True):
+            os.truncate(file, length)
+            found = newest(tmp_path)
+            assert found is not None
+            assert found.name == "step_00000001", f"{file.name} cut off at byte {length}"
+            tried += 1
+        file.write_bytes(data)
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.name == "step_00000002"
+    assert tried > 10_000
