@@ -72,6 +72,7 @@ format: setup
 
 type: setup
 	$(BIN)/mypy
+	$(BIN)/mypy tools/*.py examples/smollm2_135m/*.py
 
 pytest: setup
 	$(BIN)/python -m pytest -q $(ARGS)

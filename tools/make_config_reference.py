@@ -62,8 +62,8 @@ def meanings(section: type) -> dict[str, str]:
 
 def default(field: dataclasses.Field[Any]) -> str:
     """A field's default as YAML would write it on one line."""
-    made = field.default_factory is not dataclasses.MISSING
-    value = field.default_factory() if made else field.default  # type: ignore[misc]
+    factory = field.default_factory
+    value = field.default if factory is dataclasses.MISSING else factory()
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 

@@ -111,7 +111,8 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _counter(tokenizer: str | None, template: str) -> Callable[[Prompt], int] | None:
-    """Tokens of a prompt as a rollout begins with it; None without a tokenizer."""
+    """Tokens of a prompt as a rollout begins with it, without tools that the row only names (their
+    specs are an environment's); None without a tokenizer."""
     if tokenizer is None:
         require(not template, f"--chat-template {template} needs --tokenizer")
         return None
@@ -119,7 +120,12 @@ def _counter(tokenizer: str | None, template: str) -> Callable[[Prompt], int] | 
     from rest_mega.data.tokenizer import load_tokenizer
 
     chat = ChatFormat(load_tokenizer(tokenizer, template))
-    return lambda prompt: len(chat.prompt_ids(prompt.messages, prompt.tools))
+
+    def count(prompt: Prompt) -> int:
+        specs = [one for one in prompt.tools if not isinstance(one, str)]
+        return len(chat.prompt_ids(prompt.messages, specs))
+
+    return count
 
 
 def _lines(plan: Plan, report: Report) -> list[str]:

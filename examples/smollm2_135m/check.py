@@ -26,6 +26,7 @@ from rest_mega.data.tokenizer import load_tokenizer
 from rest_mega.records import Sample
 from rest_mega.sync.load import load, open_source
 from rest_mega.trainer import checkpoint, parallel
+from rest_mega.trainer.checkpoint_files import newest
 from rest_mega.trainer.model import head_weight, read_architecture
 from rest_mega.trainer.trainer import Trainer
 
@@ -44,19 +45,26 @@ def texts(config: RunConfig) -> list[Sample]:
     chat = ChatFormat(tokenizer)
     samples = []
     for prompt in load_prompts(config.data.train, config.data.system)[:PROMPTS]:
-        ids = chat.prompt_ids(prompt.messages, prompt.tools)
+        specs = [one for one in prompt.tools if not isinstance(one, str)]
+        ids = chat.prompt_ids(prompt.messages, specs)
         ids += [*tokenizer.encode(prompt.task["ground_truth"]), tokenizer.end_of_turn_ids[0]]
         zeros = np.zeros(len(ids), dtype=np.float32)
-        everywhere = np.ones(len(ids), dtype=np.bool_)
         samples.append(
-            Sample(np.array(ids, np.int32), everywhere, zeros.astype(np.int8), zeros, 0.0)
+            Sample(
+                ids_T=np.array(ids, np.int32),
+                mask_T=np.ones(len(ids), dtype=np.bool_),
+                regions_T=zeros.astype(np.int8),
+                logprobs_T=zeros,
+                version_T=zeros.astype(np.int32),
+                advantage=0.0,
+            )
         )
     return samples
 
 
 def resumed(config: RunConfig, place: parallel.Parallel) -> Trainer:
     """The trainer as the run's last checkpoint left it; scores at temperature 1."""
-    found = checkpoint.newest(Path(config.run.dir))
+    found = newest(Path(config.run.dir))
     require(found is not None, f"{config.run.dir} holds no checkpoint; train first")
     architecture = read_architecture(config.model.path)
     trainer = Trainer(
@@ -134,7 +142,8 @@ def main() -> int:
     samples, exported = texts(config), Path(config.run.dir) / "hf"
     ours = own(resumed(config, place), samples)
     lines, good = [], False
-    for folder in (exported, Path(config.model.path)):
+    before = Path(config.model.path)  # transformers reads a Hugging Face folder alone
+    for folder in (exported, *([before] if any(before.glob("*.safetensors")) else [])):
         theirs = reference(folder, samples) if ours else []
         largest = differences(ours, theirs, place)
         good = good or (folder == exported and max(largest) <= TOLERANCE)
@@ -142,7 +151,7 @@ def main() -> int:
     if place.is_head:
         positions = sum(len(s.ids_T) - 1 for s in samples)
         print(f"max |trainer - transformers| over {positions} positions, bound {TOLERANCE:.0e}")
-        print(f"  {lines[0]}\n  {lines[1]} (before training)")
+        print(f"  {lines[0]}", *(f"  {line} (before training)" for line in lines[1:]), sep="\n")
     parallel.stop()
     return int(not good)
 
