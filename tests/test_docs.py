@@ -173,3 +173,9 @@ def test_a_yaml_block_is_a_config(block: Block) -> None:
 @pytest.mark.parametrize("block", of("json"))
 def test_a_json_block_is_json(block: Block) -> None:
     json.loads(block.text)
+
+
+def test_the_index_links_every_page() -> None:
+    folder = ROOT / "docs"
+    linked = set(re.findall(r"\]\((\w+\.md)\)", (folder / "README.md").read_text("utf-8")))
+    assert linked == {page.name for page in folder.glob("*.md")} - {"README.md"}

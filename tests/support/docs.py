@@ -104,7 +104,7 @@ def _command(words: list[str]) -> list[str]:
 
 def check_command(words: list[str]) -> None:
     """AssertionError (or the package's own ConfigError) for a command that could not run."""
-    program, rest = words[0].removeprefix("./").removeprefix(".venv/bin/"), words[1:]
+    program, rest = re.sub(r"^(\./)?(\.venv(-sglang)?/bin/)?", "", words[0]), words[1:]
     if program == "torchrun":
         program, rest = _launched(rest)
     if program in ("python", "python3") and rest[:1] == ["-m"]:
