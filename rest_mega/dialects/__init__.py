@@ -12,15 +12,13 @@ dialect:
 - white space that opens a reply or follows a tag is SCAFFOLD; white space after text belongs to the
   text.
 
-A dialect is one entry of `DIALECTS`: its tags, and how calls are written between them.
+A dialect is one entry of `DIALECTS`: its tags, and how calls are written between them. A file that
+`environment.modules` names may add one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
-from rest_mega.config import one_of
+from rest_mega.config import one_of, require
 from rest_mega.dialects import json_calls, python_calls
 from rest_mega.dialects.grammar import NEVER, Bare, Block, Dialect, read
 from rest_mega.dialects.reply import Region, Reply
@@ -28,34 +26,38 @@ from rest_mega.dialects.tape import MalformedError, Tape
 
 _THINK = Block("<think>", "</think>", Region.REASONING)
 
-DIALECTS: Mapping[str, Dialect] = MappingProxyType(
-    {
-        # Qwen, Hermes: one object per <tool_call> block, any number of blocks.
-        "hermes": Dialect((_THINK, Block("<tool_call>", "</tool_call>", json_calls.one))),
-        # ToolRL, ResT: one block with an object per line, and the answer in a block of its own.
-        "toolrl": Dialect(
-            (
-                _THINK,
-                Block("<tool_call>", "</tool_call>", json_calls.several),
-                Block("<response>", "</response>", Region.ANSWER),
-            )
-        ),
-        # Llama 3.x: objects parted by semicolons, from the start of the reply or after
-        # <|python_tag|>.
-        "llama3": Dialect(
-            (Block("<|python_tag|>", "", json_calls.until_end),),
-            Bare(r"\{", NEVER, json_calls.until_end),
-        ),
-        # Mistral: one array of objects after [TOOL_CALLS].
-        "mistral": Dialect((Block("[TOOL_CALLS]", "", json_calls.array),)),
-        # Llama 3.2 and 4, BFCL: the reply is a Python list of calls, or stands between Llama 4's
-        # tags.
-        "pythonic": Dialect(
-            (Block("<|python_start|>", "<|python_end|>", python_calls.calls),),
-            Bare(python_calls.START, python_calls.PREFIX, python_calls.calls),
-        ),
-    }
-)
+DIALECTS: dict[str, Dialect] = {
+    # Qwen, Hermes: one object per <tool_call> block, any number of blocks.
+    "hermes": Dialect((_THINK, Block("<tool_call>", "</tool_call>", json_calls.one))),
+    # ToolRL, ResT: one block with an object per line, and the answer in a block of its own.
+    "toolrl": Dialect(
+        (
+            _THINK,
+            Block("<tool_call>", "</tool_call>", json_calls.several),
+            Block("<response>", "</response>", Region.ANSWER),
+        )
+    ),
+    # Llama 3.x: objects parted by semicolons, from the start of the reply or after
+    # <|python_tag|>.
+    "llama3": Dialect(
+        (Block("<|python_tag|>", "", json_calls.until_end),),
+        Bare(r"\{", NEVER, json_calls.until_end),
+    ),
+    # Mistral: one array of objects after [TOOL_CALLS].
+    "mistral": Dialect((Block("[TOOL_CALLS]", "", json_calls.array),)),
+    # Llama 3.2 and 4, BFCL: the reply is a Python list of calls, or stands between Llama 4's
+    # tags.
+    "pythonic": Dialect(
+        (Block("<|python_start|>", "<|python_end|>", python_calls.calls),),
+        Bare(python_calls.START, python_calls.PREFIX, python_calls.calls),
+    ),
+}
+
+
+def add_dialect(name: str, dialect: Dialect) -> None:
+    """Make `tokenizer.dialect=name` mean this dialect; ConfigError where the name is taken."""
+    require(name not in DIALECTS, f"dialect {name!r} is there already; give yours another name")
+    DIALECTS[name] = dialect
 
 
 def parse(reply: bytes, dialect: str) -> Reply:
@@ -73,4 +75,4 @@ def parse(reply: bytes, dialect: str) -> Reply:
     return tape.finish()
 
 
-__all__ = ["DIALECTS", "Bare", "Block", "Dialect", "Region", "Reply", "parse"]
+__all__ = ["DIALECTS", "Bare", "Block", "Dialect", "Region", "Reply", "add_dialect", "parse"]
