@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -67,6 +70,19 @@ def played(engine: SglangEngine, count: int) -> list[Completion]:
     return engine.generate(asked, Sampling())
 
 
+def wait_until_refused(url: str) -> None:
+    """Nobody listens at `url` any more."""
+    place = urlsplit(url)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((place.hostname, place.port), timeout=1).close()
+        except ConnectionRefusedError:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{url} still listens")
+
+
 def assert_answered(turns: list[Completion]) -> None:
     ids = recorded(ANSWER)[1]["output_ids"]
     for turn in turns:
@@ -97,6 +113,7 @@ def test_a_router_that_is_killed_is_started_again(routed: Any) -> None:
     engine, _ = routed
     losses = engine.losses
     os.kill(engine.router.pid, signal.SIGKILL)
+    wait_until_refused(engine.router.client.url)  # a dying one may still answer
     assert_answered(played(engine, 4))
     assert engine.losses == losses
 
