@@ -75,9 +75,9 @@ def read_inputs(config: RunConfig, verb: str, *, benchmarks_alone: bool = False)
     require(
         bool(config.model.path), "model.path is empty; point it at a Hugging Face checkpoint folder"
     )
+    sinks.check(config.telemetry)
     load_modules(config.environment.modules)
     one_of("tokenizer.dialect", config.tokenizer.dialect, DIALECTS)
-    sinks.check(config.telemetry)
     architecture = read_architecture(config.model.path)
     architecture.check(config.parallel)
     tokenizer = load_tokenizer(
