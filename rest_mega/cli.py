@@ -34,6 +34,7 @@ OWN_WORDS = {
         "rest_mega.plan",
         "does it fit, how fast will it go: CONFIG [--gpus N] [--gpu NAME] [section.key=value ...]",
     ),
+    "doctor": ("rest_mega.doctor", "is this machine ready, are these ranks: [CONFIG ...]"),
     "tail": ("rest_mega.tail", "what a run says, as it says it: RUN"),
     "report": ("rest_mega.telemetry.report", "a page of runs, side by side: RUN [RUN ...]"),
 }
@@ -80,7 +81,8 @@ verbs:
 {verbs}
 
 Relative paths are relative to the current directory. `rest-mega keys` lists every config key,
-`rest-mega convert --help` (and plan, eval, compare, replay, report, tail) what follows that verb.
+`rest-mega convert --help` (and doctor, plan, eval, compare, replay, report, tail) what follows that
+verb.
 """
 
 

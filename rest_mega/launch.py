@@ -76,9 +76,14 @@ def visible_gpus(gpus: Sequence[int]) -> str:
     return ",".join(names[gpu].strip() if names else str(gpu) for gpu in gpus)
 
 
+def many_machines() -> bool:
+    """Whether this run has ranks on other machines."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) != world_size()
+
+
 def keep_gloo_on_loopback() -> None:
     """Where all ranks are on this machine, gloo listens on loopback and needs no host name."""
-    if int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) == world_size():
+    if not many_machines():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 

@@ -35,13 +35,14 @@ ARROWS: dict[str, set[str]] = {
     "trainer": {"losses"},
     "sync": {"trainer", "rollout"},
     "planning": {"sync", "trainer"},
+    "diagnosis": {"trainer", "rollout"},
     "evaluation": {"trainer", "rollout", "rewards", "data", "dialects", "environments"},
 }
 """Room -> the rooms it may import besides itself and the ground; downwards only."""
 TOP = {
-    "__main__", "assemble", "benchmark", "cli", "compare", "convert", "dry_run", "dump", "evaluate",
-    "guard", "nonfinite", "plan", "replay", "rollout_step", "run_directory", "session", "sft",
-    "step_metrics", "stop", "tail", "train", "watchdog",
+    "__main__", "assemble", "benchmark", "cli", "compare", "convert", "doctor", "dry_run", "dump",
+    "evaluate", "guard", "nonfinite", "plan", "replay", "rollout_step", "run_directory", "session",
+    "sft", "step_metrics", "stop", "tail", "train", "watchdog",
 }  # fmt: skip
 """Modules that put rooms together; no room imports them."""
 UNPICKLER = "trainer/checkpoint_pickles.py"
@@ -50,6 +51,7 @@ PURE = ("data", "dialects", "environments", "rewards", "credit", "losses", "kern
 NARROW = {
     "sync": {"rollout.engine"},
     "planning": {"trainer.model", "sync.names"},
+    "diagnosis": {"trainer.parallel", "trainer.device", "rollout.sglang_client"},
     "evaluation": {"trainer.parallel", "rollout.collect", "rollout.engine"},
 }
 """Room -> the only modules of higher-standing rooms (rollout, trainer) it may know, where not all;
@@ -118,6 +120,7 @@ def test_rooms_know_only_these_doors_of_the_floor_below(here: str) -> None:
     floor = {
         "sync": {"rollout"},
         "planning": {"trainer", "sync"},
+        "diagnosis": {"trainer", "rollout"},
         "evaluation": {"rollout", "trainer"},
     }[here]
     for name in SOURCES:
