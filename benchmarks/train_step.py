@@ -14,8 +14,9 @@ recomputation is not counted; Narayanan et al., arXiv 2104.04473, appendix), the
 datasheets, dense).
 
 `--json FILE` writes one object: what was run, medians over the timed steps, every rank's bubble,
-idle share and memory; `--speed` adds what the device does in large pieces (`device_speed.py`),
-measured first.
+idle share and memory, and the share of the host's cores that other processes took (`host_load.py`;
+where all ranks are on one host). `--speed` adds what the device does in large pieces
+(`device_speed.py`), measured first.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import device_speed
 import numpy as np
 import psutil
 import torch
+from host_load import HostLoad
 from pass_times import PassTimes, waiting
 
 from rest_mega.config import (
@@ -105,7 +107,7 @@ def forward_flops(one: Architecture, lengths: list[int], trained: int) -> float:
 
 def step(trainer: Trainer, made: list[Sample], passes: PassTimes, offset: float) -> dict[str, Any]:
     """Seconds of scoring, of weighing and of training, each the slowest rank's, and every rank's
-    bubble and idle share while it trains."""
+    bubble and idle share, and what other processes take of this host's cores, while it trains."""
     place = trainer.parallel
     (batches,) = trainer.pack(made)
     times = [_together(place)]
@@ -118,6 +120,7 @@ def step(trainer: Trainer, made: list[Sample], passes: PassTimes, offset: float)
     times.append(time.perf_counter())
     passes.begin()
     times.append(_together(place))
+    load = HostLoad()
     trainer.step(batches, scores, weights)
     times.append(time.perf_counter())
     score, weigh, _, train = place.maximum(np.diff(times)).tolist()
@@ -127,6 +130,7 @@ def step(trainer: Trainer, made: list[Sample], passes: PassTimes, offset: float)
         "train": train,
         "microbatches": len(batches),
         "ranks": waiting(place, passes, offset, train),
+        "others": load.others(place),
     }
 
 
@@ -266,6 +270,7 @@ def result(
         "seconds": seconds,
         "train_seconds": [one["train"] for one in timed],
         **rates,
+        "others": statistics.mean(one["others"] for one in timed),
         "mfu": rates["tflops_per_rank"] / peak if peak else None,
         "bubble": min(of_rank["bubble"]),
         "rank_bubble": of_rank["bubble"],
