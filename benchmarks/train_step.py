@@ -14,9 +14,9 @@ recomputation is not counted; Narayanan et al., arXiv 2104.04473, appendix), the
 datasheets, dense).
 
 `--json FILE` writes one object: what was run, medians over the timed steps, every rank's bubble,
-idle share and memory, and the share of the host's cores that other processes took (`host_load.py`;
-where all ranks are on one host). `--speed` adds what the device does in large pieces
-(`device_speed.py`), measured first.
+idle share and memory. `--speed` adds what the device does in large pieces (`device_speed.py`),
+measured first. `--quiet 0.1` times only what happens while other processes take at most a tenth of
+the host's cores, and waits for it (`host_load.py`; all ranks on one host).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import device_speed
 import numpy as np
 import psutil
 import torch
-from host_load import HostLoad
+from host_load import Quiet
 from pass_times import PassTimes, waiting
 
 from rest_mega.config import (
@@ -107,7 +107,7 @@ def forward_flops(one: Architecture, lengths: list[int], trained: int) -> float:
 
 def step(trainer: Trainer, made: list[Sample], passes: PassTimes, offset: float) -> dict[str, Any]:
     """Seconds of scoring, of weighing and of training, each the slowest rank's, and every rank's
-    bubble and idle share, and what other processes take of this host's cores, while it trains."""
+    bubble and idle share while it trains."""
     place = trainer.parallel
     (batches,) = trainer.pack(made)
     times = [_together(place)]
@@ -120,7 +120,6 @@ def step(trainer: Trainer, made: list[Sample], passes: PassTimes, offset: float)
     times.append(time.perf_counter())
     passes.begin()
     times.append(_together(place))
-    load = HostLoad()
     trainer.step(batches, scores, weights)
     times.append(time.perf_counter())
     score, weigh, _, train = place.maximum(np.diff(times)).tolist()
@@ -130,7 +129,6 @@ def step(trainer: Trainer, made: list[Sample], passes: PassTimes, offset: float)
         "train": train,
         "microbatches": len(batches),
         "ranks": waiting(place, passes, offset, train),
-        "others": load.others(place),
     }
 
 
@@ -201,6 +199,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--distributed", action="store_true", help="distributed optimizer")
     parser.add_argument("--peak", type=float, default=0.0, help="TFLOP/s of one device")
     parser.add_argument("--speed", action="store_true", help="measure the device first")
+    parser.add_argument("--quiet", type=float, default=1.0, help="share of the cores for others")
+    parser.add_argument("--patience", type=float, default=600.0, help="seconds to wait for quiet")
     parser.add_argument("--json", type=Path, help="file of the result")
     return parser.parse_args()
 
@@ -212,7 +212,8 @@ def main() -> None:
     on_gpu = place.device.type == "cuda"
     dtype = "bf16" if on_gpu else "fp32"
     kind = torch.bfloat16 if on_gpu else torch.float32
-    speed = device_speed.measure(place, kind) if args.speed else None
+    quietly = Quiet(place, args.quiet, args.patience)
+    speed = quietly(lambda: device_speed.measure(place, kind))[0] if args.speed else None
     before = 0 if on_gpu else psutil.Process().memory_info().rss
     trainer, passes = build(args, place, dtype), PassTimes(on_gpu)
     trainer.time_pieces(passes)
@@ -224,7 +225,7 @@ def main() -> None:
     tokens, flops = place.sum(np.array([sum(lengths), flops]) * share).tolist()
     timed = []
     for number in range(args.steps + 1):
-        one = step(trainer, made, passes, offset)
+        one, others = quietly(lambda: step(trainer, made, passes, offset))
         memory = [json.loads(m) for m in place.gather_text(str(peak_memory_bytes() - before))]
         seconds = one["score"] + one["weigh"] + one["train"]
         rate = 4 * flops / seconds / place.world_size / 1e12
@@ -234,7 +235,7 @@ def main() -> None:
         line += f", bubble {min(rank['bubble'] for rank in one['ranks']):.1%}"
         if place.rank == 0:
             print(f"{line}, memory {max(memory) / 2**30:.2f} GiB", flush=True)
-        timed += [one] if number else []
+        timed += [one | {"others": others}] if number else []
     if args.json and place.rank == 0:
         what = {key: value for key, value in vars(args).items() if key != "json"}
         what |= {"ranks": place.world_size, "replicas": place.data_size, "dtype": dtype}

@@ -63,8 +63,7 @@ class _Axes:
         values = [v for line in panel.lines for part in (line.y, line.low, line.high) for v in part]
         self.logarithmic = panel.logarithmic and min(values, default=0) > 0
         if self.logarithmic:
-            low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-            self.ticks = [10.0**n for n in range(low, max(high, low + 1) + 1)]
+            self.ticks = _powers(min(values), max(values))
         else:
             step = _step(max(values, default=1.0) or 1.0)
             count = math.ceil((max(values, default=1.0) or 1.0) / step - 1e-9)
@@ -80,6 +79,18 @@ class _Axes:
         if self.logarithmic:
             value, bottom, top = math.log10(value), math.log10(bottom), math.log10(top)
         return HEIGHT - 36 - (value - bottom) / (top - bottom) * (HEIGHT - 36 - TOP)
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten around low..high; powers of ten alone where they are many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 2)
+    for steps in ((1, 2, 5), (1,)):
+        ticks = [step * 10.0**n for n in powers for step in steps]
+        first = max(i for i, tick in enumerate(ticks) if tick <= low)
+        last = min(i for i, tick in enumerate(ticks) if tick >= high and i > first)
+        if last - first < 8:
+            break
+    return ticks[first : last + 1]
 
 
 def _step(highest: float) -> float:
@@ -109,7 +120,10 @@ def _panel(panel: Panel) -> list[str]:
 def _words(tick: float, percent: bool) -> str:
     if percent:
         return f"{100 * tick:.3g}%"
-    return f"{tick:,.0f}" if 1000 <= tick < 1e9 else f"{tick:.3g}"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if tick >= 10 * size or (tick >= size and size > 1e3):
+            return f"{tick / size:g}{letter}"
+    return f"{tick:,.0f}" if tick >= 1000 else f"{tick:.3g}"
 
 
 def _line(line: Line, axes: _Axes) -> list[str]:

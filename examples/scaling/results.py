@@ -30,16 +30,10 @@ def keep(out: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def quiet_rows(rows: Sequence[dict[str, Any]], quiet: float) -> list[dict[str, Any]]:
-    """Those, and the failed, during which other processes took at most `quiet` of the host."""
-    return [row for row in rows if not row["ok"] or row["measured"]["others"] <= quiet]
-
-
-def rows_of(out: Path, point: Point, quiet: float) -> list[dict[str, Any]]:
-    """The good and quiet measurements of exactly this point."""
+def rows_of(out: Path, point: Point) -> list[dict[str, Any]]:
+    """The good measurements of exactly this point."""
     key = dataclasses.asdict(point)
-    rows = [row for row in read_rows(out / RESULTS) if row["ok"] and row["point"] == key]
-    return quiet_rows(rows, quiet)
+    return [row for row in read_rows(out / RESULTS) if row["ok"] and row["point"] == key]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@
 `run` starts `benchmarks/train_step.py` for one point after another, each in processes of its own,
 and keeps every result in OUT/results.jsonl as soon as it is there: begun anew it goes on with what
 is missing. With `--repeats N` every point is measured N times, in rounds, and medians are shown. A
-point that fails is kept with its last errors, its output in OUT/logs, the others go
-on, and the next `run` tries it again. Exit code 0: every point is there; 1: some failed; 2: bad
-input. docs/scaling.md tells what the figures mean.
+point that fails is kept with its last errors, its output in OUT/logs; the others go on, and the
+next `run` tries it again. Exit code 0: every point is there; 1: some are not; 2: bad input.
+docs/scaling.md tells what the figures mean.
 """
 
 from __future__ import annotations
@@ -26,15 +26,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import plots
-import psutil
 from points import MEASURED, Point, Sweep, read_sweep
 from prediction import device, predict
-from results import RESULTS, keep, quiet_rows, rows_of, seen
+from results import RESULTS, keep, rows_of, seen
 
 from rest_mega.config import ConfigError, require
 from rest_mega.launch import free_port
@@ -47,17 +45,15 @@ KEPT_ERRORS = 5
 
 
 def run(sweep: Sweep, out: Path, repeats: int, quiet: float) -> int:
-    """Measure every point until it has `repeats` quiet results, round by round, each at most once a
-    round. Exit code."""
+    """Measure every point until it has `repeats` results, round by round. Exit code."""
     (out / "logs").mkdir(parents=True, exist_ok=True)
     failed: set[Point] = set()
     for number in range(1, repeats + 1):
         for point in sweep.points:
-            if point in failed or len(rows_of(out, point, quiet)) >= number:
+            if point in failed or len(rows_of(out, point)) >= number:
                 continue
             print(f"{point.name}, {number} of {repeats}", flush=True)
-            wait_for_quiet(quiet, 60 * sweep.minutes)
-            row = measure(sweep, point, out)
+            row = measure(sweep, point, out, quiet)
             keep(out, row)
             if not row["ok"]:
                 failed.add(point)
@@ -70,20 +66,12 @@ def run(sweep: Sweep, out: Path, repeats: int, quiet: float) -> int:
                     f"others took {got['others']:.0%} of the host",
                     flush=True,
                 )
-    there = sum(len(rows_of(out, point, quiet)) >= repeats for point in sweep.points)
+    there = sum(len(rows_of(out, point)) >= repeats for point in sweep.points)
     print(f"{there} of {len(sweep.points)} points are in {out / RESULTS}")
     return 0 if there == len(sweep.points) else 1
 
 
-def wait_for_quiet(quiet: float, seconds: float) -> None:
-    """Until for three seconds at most a share `quiet` of the host's cores was in use; `seconds` at
-    most."""
-    end = time.monotonic() + seconds
-    while quiet < 1 and time.monotonic() < end and psutil.cpu_percent(3) > 100 * quiet:
-        pass
-
-
-def measure(sweep: Sweep, point: Point, out: Path) -> dict[str, Any]:
+def measure(sweep: Sweep, point: Point, out: Path, quiet: float) -> dict[str, Any]:
     """The row of one point, run now."""
     row: dict[str, Any] = {
         "point": dataclasses.asdict(point),
@@ -93,7 +81,7 @@ def measure(sweep: Sweep, point: Point, out: Path) -> dict[str, Any]:
     log = out / "logs" / (re.sub(r"[^\w.-]+", "_", point.name) + ".log")
     with tempfile.TemporaryDirectory(dir=out) as folder:
         file = Path(folder).resolve() / "result.json"
-        command = launch(sweep, point) + options(sweep, point, file)
+        command = launch(sweep, point) + options(sweep, point, file, quiet)
         code = start(command, log, 60 * sweep.minutes)
         if code != 0 or not file.is_file():
             return row | {"ok": False, "code": code, "errors": last_errors(log)}
@@ -123,13 +111,14 @@ def launch(sweep: Sweep, point: Point) -> list[str]:
     return [word.format(**words) for word in sweep.launch]
 
 
-def options(sweep: Sweep, point: Point, file: Path) -> list[str]:
+def options(sweep: Sweep, point: Point, file: Path, quiet: float) -> list[str]:
     """What each rank runs."""
     replicas = point.parallel.data_parallel(point.ranks)
     names = ("model", "length", "tokens", "steps", "layers", "recompute",
              "tensor", "pipeline", "virtual_pipeline", "context", "expert")  # fmt: skip
     given = [f"--{name.replace('_', '-')}={getattr(point, name)}" for name in names]
     given += [f"--samples={point.trajectories // replicas}", "--spread=0", "--trained=1"]
+    given += [f"--quiet={quiet}", f"--patience={50 * sweep.minutes}"]
     given += ["--sequence"] * point.sequence + ["--speed"] * (sweep.gpu == MEASURED)
     return [str(ROOT / "benchmarks" / "train_step.py"), *given, "--distributed", f"--json={file}"]
 
@@ -214,7 +203,7 @@ def main() -> int:
         "--quiet",
         type=float,
         default=1.0,
-        help="a measurement waits until, and counts where, others take no more of the host's cores",
+        help="time steps only while others take at most this share of the host's cores",
     )
     parser.add_argument("--gpu", help="instead of the file's")
     given = parser.parse_args()
@@ -230,7 +219,7 @@ def main() -> int:
         if given.verb == "plot":
             path = given.paths[0] / RESULTS
             require(path.is_file(), f"{path} is not there: the verb run writes it")
-            show(quiet_rows(read_rows(path), given.quiet), given.paths[0])
+            show(read_rows(path), given.paths[0])
             return 0
         sweep = read_sweep(given.paths[0], given.gpu)
         if given.verb == "plan":

@@ -92,8 +92,10 @@ def test_ranks_on_one_node_and_on_several_are_started_by_the_file_s_words(tmp_pa
 def test_a_rank_is_given_its_replica_s_share_of_the_batch(tmp_path: Path) -> None:
     sweep = read(tmp_path, one("[{ranks: 4, pipeline: 2, virtual_pipeline: 2}]"))
     assert sweep.launch == LAUNCH
-    words = options(sweep, sweep.points[0], tmp_path / "x.json")
-    assert {"--samples=4", "--pipeline=2", "--virtual-pipeline=2", "--speed"} <= set(words)
+    words = options(sweep, sweep.points[0], tmp_path / "x.json", 0.5)
+    assert {"--samples=4", "--pipeline=2", "--virtual-pipeline=2", "--speed", "--quiet=0.5"} <= set(
+        words
+    )
     assert "--sequence" not in words
 
 

@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import charts
+import host_load
 import pytest
 import sweep
 from pass_times import PassTimes, waiting
 from plots import efficiency, table
 from points import Point
-from results import RESULTS, keep, quiet_rows, rows_of, seen
+from results import RESULTS, keep, rows_of, seen
 
 POINT = Point("DP", "strong", "models/tiny", 1, 8)
 
 
-def row(point: Point, rate: float, bubble: float = 0.1, others: float = 0.0) -> dict[str, Any]:
+def row(point: Point, rate: float, bubble: float = 0.1) -> dict[str, Any]:
     """A measurement at which every rank reaches `rate` TFLOP/s; the plan said 2 for all of them."""
     figures = {"bubble": bubble, "memory": 2.0**30, "train": 1.0, "mfu": rate / 4}
     figures |= {"tokens_per_second": 1000 * rate * point.ranks, "tflops_per_rank": rate}
     said = {**figures, "tokens_per_second": 2000.0 * point.ranks, "tflops_per_rank": 2.0}
-    measured = {**figures, "others": others}
     key = dataclasses.asdict(point)
-    return {"point": key, "ok": True, "measured": measured, "predicted": {**said, "mfu": 0.5}}
+    return {"point": key, "ok": True, "measured": figures, "predicted": {**said, "mfu": 0.5}}
 
 
 def failed(point: Point) -> dict[str, Any]:
@@ -43,17 +44,12 @@ def test_a_line_that_a_crash_cut_short_spoils_no_other(tmp_path: Path) -> None:
         file.write('{"point": {"ser')
     keep(tmp_path, row(at(2), 1.0))
     keep(tmp_path, failed(at(4)))
-    assert [len(rows_of(tmp_path, at(ranks), 1.0)) for ranks in (1, 2, 4)] == [1, 1, 0]
+    assert [len(rows_of(tmp_path, at(ranks))) for ranks in (1, 2, 4)] == [1, 1, 0]
 
 
 def test_a_point_with_another_setting_is_another_point(tmp_path: Path) -> None:
     keep(tmp_path, row(at(1), 1.0))
-    assert rows_of(tmp_path, at(1, tokens=512), 1.0) == []
-
-
-def test_measurements_beside_busy_neighbours_are_left_out() -> None:
-    rows = [row(at(1), 1.0, others=0.5), row(at(1), 2.0, others=0.1), failed(at(2))]
-    assert quiet_rows(rows, 0.2) == rows[1:]
+    assert rows_of(tmp_path, at(1, tokens=512)) == []
 
 
 def test_repeats_become_a_median_with_its_spread() -> None:
@@ -148,3 +144,50 @@ def test_a_bubble_is_what_a_rank_waits_while_its_own_replica_is_at_work() -> Non
     found = waiting(Place(), passes, 0.0, 8.0)  # type: ignore[arg-type]
     assert [rank["bubble"] for rank in found] == pytest.approx([0.4, 0.2, 0.0])
     assert [rank["idle"] for rank in found] == pytest.approx([5 / 8, 0.5, 0.75])
+
+
+class Alone:
+    """A run of one rank."""
+
+    rank = 0
+
+    def maximum(self, values: Any) -> Any:
+        return values
+
+    def sum_one(self, value: float) -> float:
+        return value
+
+
+def test_what_busy_neighbours_disturbed_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_load.psutil, "cpu_percent", lambda _: 0.0)
+    used = iter([0.0, 1e9, 1e9, 1e9])  # seconds of all cores: the first try was disturbed
+    monkeypatch.setattr(host_load, "_busy", lambda: next(used))
+    tries: list[str] = []
+    quietly = host_load.Quiet(Alone(), 0.2, 600)  # type: ignore[arg-type]
+    assert quietly(lambda: tries.append("tried")) == (None, 0.0)
+    assert len(tries) == 2
+
+
+def test_a_host_that_never_is_quiet_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_load.psutil, "cpu_percent", lambda _: 100.0)
+    quietly = host_load.Quiet(Alone(), 0.2, 0.0)  # type: ignore[arg-type]
+    with pytest.raises(TimeoutError, match="more than 20% of this host's cores"):
+        quietly(lambda: None)
+
+
+def test_without_a_bound_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_load.psutil, "cpu_percent", lambda _: 100.0)
+    result, others = host_load.Quiet(Alone(), 1.0, 0.0)(lambda: 3)  # type: ignore[arg-type]
+    assert (result, 0 <= others <= 1) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (600, 2500, [500, 1000, 2000, 5000]),
+        (10, 10, [10, 20]),
+        (5, 5e4, [1, 10, 1e2, 1e3, 1e4, 1e5]),
+    ],
+)
+def test_a_logarithmic_axis_holds_its_values(low: float, high: float, ticks: list[float]) -> None:
+    assert charts._powers(low, high) == pytest.approx(ticks)
