@@ -73,6 +73,7 @@ format: setup
 type: setup
 	$(BIN)/mypy
 	$(BIN)/mypy tools/*.py examples/smollm2_135m/*.py
+	$(BIN)/mypy examples/scaling/*.py
 
 pytest: setup
 	$(BIN)/python -m pytest -q $(ARGS)

@@ -14,6 +14,7 @@ from rest_mega import launch
 from rest_mega.cli import lay_over, overrides, read_yaml
 from rest_mega.config import RunConfig, require
 from rest_mega.data.rows import digest
+from rest_mega.environments import ToolRuntime, load_modules
 from rest_mega.evaluation.benchmark import progress, write_report
 from rest_mega.evaluation.play import (
     Benchmark,
@@ -114,6 +115,9 @@ def _lay_target(
         if alone:
             _lay_limits(tree, MOST_TOKENS)
     elif target:
+        if alone:  # its config.json is read for the limits
+            modules = laid.get("environment.modules")
+            load_modules(modules if isinstance(modules, list) else ())
         _lay_folder(tree, Path(target), alone=alone)
     else:
         require(not alone, "nothing to evaluate: give a model folder, a run, or an address")
@@ -215,7 +219,6 @@ def _weights(config: RunConfig) -> str:
 
 def _endpoint(config: RunConfig, given: argparse.Namespace) -> int:
     """Evaluate an endpoint; 1 where samples were lost: the same command draws them."""
-    from rest_mega.environments import ToolRuntime, load_modules
     from rest_mega.evaluation import chat_play
 
     require(launch.world_size() == 1, "an endpoint is evaluated by one process, without torchrun")

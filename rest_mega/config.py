@@ -285,8 +285,8 @@ class EnvironmentConfig:
     itself is named by each prompt."""
 
     modules: tuple[str, ...] = ()
-    """Python files or importable modules that register tools, environments and rewards, loaded at
-    start."""
+    """Python files or importable modules that register what is yours (tools, environments, rewards,
+    dialects, losses, model families), loaded at start."""
     http: Mapping[str, HttpToolConfig] = field(default_factory=dict)
     """Tools behind HTTP endpoints: name -> url, method, description, parameters, ..."""
     mcp: Mapping[str, McpServerConfig] = field(default_factory=dict)

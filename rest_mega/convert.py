@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rest_mega import launch
 from rest_mega.config import ParallelConfig, require
+from rest_mega.environments import load_modules
 
 if TYPE_CHECKING:
     from rest_mega.sync.convert import Job
@@ -25,6 +26,7 @@ def main(words: Sequence[str]) -> int:
         launch.world_size() == 1,
         f"convert runs in one process, not in {launch.world_size()}; call it without torchrun",
     )
+    load_modules(given.module)
     from rest_mega.trainer import checkpoint_files
 
     source = checkpoint_files.newest(given.source) or given.source
@@ -60,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("target", type=Path, nargs="?", help="a folder that does not exist yet")
     parser.add_argument("--model", type=Path, help="Hugging Face folder with config.json and "
                         "tokenizer, for a checkpoint without")  # fmt: skip
+    parser.add_argument("--module", action="append", default=[], help="a file that adds the "
+                        "model's family (docs/extending.md); may be repeated")  # fmt: skip
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as stored")
     parser.add_argument("--logits", action="store_true", help="also compare the logits of a few "
                         "tokens with transformers; holds the model twice")  # fmt: skip

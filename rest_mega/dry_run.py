@@ -9,6 +9,7 @@ from typing import Any
 
 from rest_mega.cli import read
 from rest_mega.config import RunConfig, require
+from rest_mega.environments import load_modules
 
 
 def main(words: Sequence[str]) -> int:
@@ -19,6 +20,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--ranks", type=int, help="ranks of the run; default: the fewest")
     known, rest = parser.parse_known_args(list(words))
     config = read(["train", *rest])[1]
+    load_modules(config.environment.modules)
     return walk(config, known.ranks)
 
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from rest_mega.cli import read
+from rest_mega.environments import load_modules
 
 
 def main(words: Sequence[str]) -> int:
@@ -17,6 +18,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--gpu", default="h100-80g", help="a name of planning/gpus.py's table")
     known, rest = parser.parse_known_args(list(words))
     config = read(["train", *rest])[1]
+    load_modules(config.environment.modules)
     from rest_mega.planning import command  # torch: only where there is a plan to make
 
     return command.main(config, known.gpu, known.gpus, known.ranks)

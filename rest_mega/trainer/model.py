@@ -1,7 +1,7 @@
 """ModelConfig -> this rank's chunks of a megatron-core GPTModel, shaped after a Hugging Face
 config.
 
-The one place that knows model families. A chunk returns hidden states on the last
+A chunk returns hidden states on the last
 stage, not logits: the head of `losses.head` takes the trained rows alone and never stores logits.
 """
 
@@ -17,32 +17,13 @@ import torch
 from rest_mega.config import ConfigError, ModelConfig, ParallelConfig, require
 from rest_mega.trainer import experts as mixtures
 from rest_mega.trainer.experts import Experts
+from rest_mega.trainer.families import FAMILIES, Family, check_supported
 from rest_mega.trainer.layers import block_spec, uses_transformer_engine
 from rest_mega.trainer.parallel import Parallel
 
 VOCABULARY_MULTIPLE = 128
 """Embedding rows are padded to this multiple (times TP beyond it), whatever the layout, as Megatron
 does."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What sets a family of decoders apart from Llama."""
-
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    experts: str = ""
-    """The name of a layer's mixture in Hugging Face files; empty: all layers are dense."""
-
-
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(qk_norm=True),
-    "qwen3_moe": Family(qk_norm=True, experts="mlp"),
-    "mixtral": Family(experts="block_sparse_moe"),
-}
 
 
 @dataclass(frozen=True)
@@ -115,21 +96,11 @@ def read_architecture(path: str, key: str = "model.path") -> Architecture:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ConfigError(
-            f"{key}={path!r} is of family {config.model_type!r}; known: {', '.join(FAMILIES)}"
+            f"{key}={path!r} is of family {config.model_type!r}; known: {', '.join(FAMILIES)}; "
+            "a file of environment.modules may add one (docs/extending.md)"
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    unsupported = {
-        "sliding-window attention": bool(getattr(config, "sliding_window", None))
-        and getattr(config, "use_sliding_window", True)
-        and config.sliding_window < config.max_position_embeddings,
-        "attention_bias": bool(getattr(config, "attention_bias", False)),
-        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
-        f"hidden_act={config.hidden_act}": config.hidden_act != "silu",
-    }
-    require(
-        not any(unsupported.values()),
-        f"{path}/config.json: {[k for k, v in unsupported.items() if v]} not supported",
-    )
+    check_supported(config, family, path)
     return Architecture(
         family=family,
         layers=config.num_hidden_layers,

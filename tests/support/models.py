@@ -62,14 +62,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def save_model(folder: Path, family: str, **more: Any) -> Path:
-    """A random checkpoint in `folder`; spread wider than usual, so that probabilities differ from
-    uniform."""
+    """A random checkpoint of a family of ours in `folder`."""
+    name, settings = FAMILIES[family]
+    return save_random(folder, name, **(settings | more))
+
+
+def save_random(folder: Path, name: str, **settings: Any) -> Path:
+    """A random checkpoint of transformers' `name` in `folder`; spread wider than usual, so that
+    probabilities differ from uniform."""
     import torch
     import transformers
 
-    name, settings = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(
-        **(_SIZES | settings | {"initializer_range": 0.1} | more)
+        **(_SIZES | {"initializer_range": 0.1} | settings)
     )
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config)

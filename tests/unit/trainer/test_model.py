@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from rest_mega.config import ConfigError, ModelConfig, ParallelConfig
+from rest_mega.trainer.families import FAMILIES
 from rest_mega.trainer.layers import uses_transformer_engine
-from rest_mega.trainer.model import FAMILIES, Architecture, read_architecture
+from rest_mega.trainer.model import Architecture, read_architecture
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
