@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from rest_mega.trainer.parallel import Parallel
 
-SECONDS = 0.5
-"""Each figure is the median of the rounds that fit into this time, and of three at least."""
+ROUNDS, ROUND_S = 5, 0.15
+"""Rounds of which a figure is the median, and about the seconds of one."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,29 @@ def measure(place: Parallel, dtype: torch.dtype) -> dict[str, float]:
     return asdict(Speed(2 * side**3 / matmul, 2 * copied / copy, link, memory))
 
 
+def mean(speeds: list[dict[str, float]]) -> dict[str, float] | None:
+    """Of several measurements; None of none."""
+    if not speeds:
+        return None
+    return {name: sum(one[name] for one in speeds) / len(speeds) for name in speeds[0]}
+
+
 def _seconds(place: Parallel, work: Callable[[], object]) -> float:
-    """Seconds of the median round on the slowest rank; all ranks begin a round together."""
-    took: list[float] = []
-    work()
-    rounds = 3
-    while len(took) < rounds:
+    """Seconds of `work` in the median round on the slowest rank. A round repeats it so often that
+    ranks which begin a little apart, since they share a core, are at it together."""
+
+    def round_of(times: int) -> float:
         place.barrier()
-        if place.device.type == "cuda":
-            torch.cuda.synchronize()
         start = time.perf_counter()
-        work()
+        for _ in range(times):
+            work()
         if place.device.type == "cuda":
             torch.cuda.synchronize()
-        took.append(time.perf_counter() - start)
-        if len(took) == 1:
-            slowest = float(place.maximum(np.array([took[0]]))[0])
-            rounds = max(3, min(100, int(SECONDS / slowest)))
-    return float(place.maximum(np.array([np.median(took)]))[0])
+        return (time.perf_counter() - start) / times
+
+    def slowest(seconds: float) -> float:
+        return float(place.maximum(np.array([seconds]))[0])
+
+    round_of(1)
+    times = max(1, round(ROUND_S / slowest(round_of(3))))
+    return slowest(float(np.median([round_of(times) for _ in range(ROUNDS)])))

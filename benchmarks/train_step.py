@@ -14,9 +14,9 @@ recomputation is not counted; Narayanan et al., arXiv 2104.04473, appendix), the
 datasheets, dense).
 
 `--json FILE` writes one object: what was run, medians over the timed steps, every rank's bubble,
-idle share and memory. `--speed` adds what the device does in large pieces (`device_speed.py`),
-measured first. `--quiet 0.1` times only what happens while other processes take at most a tenth of
-the host's cores, and waits for it (`host_load.py`; all ranks on one host).
+idle share and memory. `--speed` adds what the device does in large pieces (`device_speed.py`), the
+mean of before and after. `--quiet 0.1` times only what happens while other processes take at most a
+tenth of the host's cores, and waits for it (`host_load.py`; all ranks on one host).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 
 import device_speed
 import numpy as np
-import psutil
+import peak_memory
 import torch
 from host_load import Quiet
 from pass_times import PassTimes, waiting
@@ -50,7 +50,6 @@ from rest_mega.planning.parameters import active_in_layer
 from rest_mega.records import Sample
 from rest_mega.sync.load import load, open_source
 from rest_mega.trainer import parallel as places
-from rest_mega.trainer.device import peak_memory_bytes
 from rest_mega.trainer.model import Architecture, read_architecture
 from rest_mega.trainer.parallel import Parallel
 from rest_mega.trainer.trainer import Trainer
@@ -198,7 +197,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequence", action="store_true", help="sequence parallelism")
     parser.add_argument("--distributed", action="store_true", help="distributed optimizer")
     parser.add_argument("--peak", type=float, default=0.0, help="TFLOP/s of one device")
-    parser.add_argument("--speed", action="store_true", help="measure the device first")
+    parser.add_argument("--speed", action="store_true", help="measure the device as well")
     parser.add_argument("--quiet", type=float, default=1.0, help="share of the cores for others")
     parser.add_argument("--patience", type=float, default=600.0, help="seconds to wait for quiet")
     parser.add_argument("--json", type=Path, help="file of the result")
@@ -213,8 +212,12 @@ def main() -> None:
     dtype = "bf16" if on_gpu else "fp32"
     kind = torch.bfloat16 if on_gpu else torch.float32
     quietly = Quiet(place, args.quiet, args.patience)
-    speed = quietly(lambda: device_speed.measure(place, kind))[0] if args.speed else None
-    before = 0 if on_gpu else psutil.Process().memory_info().rss
+
+    def look() -> list[dict[str, float]]:
+        return [quietly(lambda: device_speed.measure(place, kind))[0]] if args.speed else []
+
+    speeds = look()
+    before = 0 if on_gpu else peak_memory.forget()
     trainer, passes = build(args, place, dtype), PassTimes(on_gpu)
     trainer.time_pieces(passes)
     offset = place.clock_offset()
@@ -226,7 +229,7 @@ def main() -> None:
     timed = []
     for number in range(args.steps + 1):
         one, others = quietly(lambda: step(trainer, made, passes, offset))
-        memory = [json.loads(m) for m in place.gather_text(str(peak_memory_bytes() - before))]
+        memory = [json.loads(m) for m in place.gather_text(str(peak_memory.peak(on_gpu) - before))]
         seconds = one["score"] + one["weigh"] + one["train"]
         rate = 4 * flops / seconds / place.world_size / 1e12
         line = f"step {number}: score {one['score']:.3f} s, train {one['train']:.3f} s, "
@@ -236,11 +239,12 @@ def main() -> None:
         if place.rank == 0:
             print(f"{line}, memory {max(memory) / 2**30:.2f} GiB", flush=True)
         timed += [one | {"others": others}] if number else []
+    speeds += look()  # a device's speed changes: before and after
     if args.json and place.rank == 0:
         what = {key: value for key, value in vars(args).items() if key != "json"}
         what |= {"ranks": place.world_size, "replicas": place.data_size, "dtype": dtype}
         made_of = result(timed, tokens, flops, place.world_size, args.peak)
-        text = {"run": what, **made_of, "memory": memory, "speed": speed}
+        text = {"run": what, **made_of, "memory": memory, "speed": device_speed.mean(speeds)}
         text["memory_kind"] = "allocated on the GPU" if on_gpu else "resident, less before build"
         args.json.write_text(json.dumps(text, indent=1) + "\n")
     places.stop()

@@ -42,6 +42,14 @@ def rendezvous() -> str:
     return "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{free_port()}"
 
 
+def store_outlives_ranks() -> bool:
+    """Whether torchrun would start ranks anew beside the store of those that failed: it keeps one
+    for all attempts unless told otherwise (torch/distributed/elastic/rendezvous,
+    dynamic_rendezvous.py)."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def free_port() -> int:
     """A port of loopback that nobody listens on now."""
     with socket.socket() as probe:

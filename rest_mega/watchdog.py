@@ -6,7 +6,8 @@ Whatever ends one rank ends all:
 - a phase that lasts beyond its deadline: the rank says which ranks have not come as far as it has;
 - an exception: the rank prints its traceback, then tells the store; peers whose collectives then
   fail name that rank instead of printing tracebacks of their own;
-- a rank that is gone (killed, its machine lost) stops sending heartbeats.
+- a rank that is gone (killed, its machine lost) stops sending heartbeats;
+- the store itself no longer answers: this machine, or that of the store, is cut off.
 
 The first rank to fail is written down; every other rank leaves with its exit code. When a deadline
 passes, each rank writes all its Python stacks to RUN/hang/rank_N.txt before it leaves.
@@ -72,6 +73,8 @@ class Watchdog:
         self._neighbour = ("", 0.0)
         """The next rank's last heartbeat, and when it was first seen."""
         self._closed = threading.Event()
+        self._looked = 0.0
+        """When the thread last turned to the store."""
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def arrive(self) -> None:
@@ -94,7 +97,9 @@ class Watchdog:
     def start(self) -> None:
         """Begin to watch; all ranks have arrived."""
         self._tell()
+        self._looked = time.monotonic()
         self._thread.start()
+        threading.Thread(target=self._watch_the_store, name="watchdog-store", daemon=True).start()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -190,9 +195,21 @@ class Watchdog:
         beat = 0
         while not self._closed.wait(BEAT_S):
             beat += 1
+            self._looked = time.monotonic()
             found = self._read(self._threads) or self._look(str(beat))
             if found is not None and not self._closed.is_set():
                 self._end(found)
+                return
+
+    def _watch_the_store(self) -> None:
+        """A store whose machine no longer answers blocks whoever asks it, past every timeout of
+        its own: the thread that asks is watched by this one, which does not."""
+        while not self._closed.wait(BEAT_S):
+            if time.monotonic() - self._looked > SILENCE_S:
+                text = (
+                    f"its store has not answered for {SILENCE_S:.0f} s: its machine was lost, or "
+                )
+                self._end(Failure(0, text + "this one is cut off", FAILED))
                 return
 
     def _look(self, beat: str) -> Failure | None:

@@ -36,6 +36,19 @@ def rows_of(out: Path, point: Point) -> list[dict[str, Any]]:
     return [row for row in read_rows(out / RESULTS) if row["ok"] and row["point"] == key]
 
 
+def shared(out: Path, point: Point, number: int) -> dict[str, Any] | None:
+    """The `number`-th measurement of the same layout and batch in another series, as this point's:
+    series often begin alike. None where there is none."""
+    key = dataclasses.asdict(point)
+    own = {"series": point.series, "scaling": point.scaling}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in read_rows(out / RESULTS):
+        if row["ok"] and {**row["point"], **own} == key:
+            found.setdefault(row["point"]["series"], []).append(row)
+    twins = [rows[number - 1] for rows in found.values() if len(rows) >= number]
+    return {**twins[0], "point": key} if twins else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Seen:
     """A point and its figures: medians over its measurements, and their lowest and highest."""

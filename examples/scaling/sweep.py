@@ -32,7 +32,7 @@ from typing import Any
 import plots
 from points import MEASURED, Point, Sweep, read_sweep
 from prediction import device, predict
-from results import RESULTS, keep, rows_of, seen
+from results import RESULTS, keep, rows_of, seen, shared
 
 from rest_mega.config import ConfigError, require
 from rest_mega.launch import free_port
@@ -51,6 +51,9 @@ def run(sweep: Sweep, out: Path, repeats: int, quiet: float) -> int:
     for number in range(1, repeats + 1):
         for point in sweep.points:
             if point in failed or len(rows_of(out, point)) >= number:
+                continue
+            if (twin := shared(out, point, number)) is not None:
+                keep(out, twin)
                 continue
             print(f"{point.name}, {number} of {repeats}", flush=True)
             row = measure(sweep, point, out, quiet)

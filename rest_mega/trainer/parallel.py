@@ -30,7 +30,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from rest_mega import launch
-from rest_mega.config import ConfigError, DeadlineConfig, ParallelConfig
+from rest_mega.config import ConfigError, DeadlineConfig, ParallelConfig, require
 from rest_mega.trainer import device as devices
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -202,7 +202,13 @@ def _unpack(data: torch.Tensor) -> dict[str, npt.NDArray[Any]]:
 
 def meet(seconds: float) -> distributed_c10d.Store:
     """The small key-value store that all ranks of the run share. TimeoutError when it, or on the
-    rank that holds it another rank, is not there within `seconds`."""
+    rank that holds it another rank, is not there within `seconds`. ConfigError where it could hold
+    what ranks before these have said."""
+    require(
+        not launch.store_outlives_ranks(),
+        "torchrun --max-restarts starts ranks anew in a store that still knows those before: set "
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, on every machine",
+    )
     launch.keep_gloo_on_loopback()
     rank, size, deadline = launch.rank(), launch.world_size(), datetime.timedelta(seconds=seconds)
     try:

@@ -16,7 +16,7 @@ import sweep
 from pass_times import PassTimes, waiting
 from plots import efficiency, table
 from points import Point
-from results import RESULTS, keep, rows_of, seen
+from results import RESULTS, keep, rows_of, seen, shared
 
 POINT = Point("DP", "strong", "models/tiny", 1, 8)
 
@@ -50,6 +50,18 @@ def test_a_line_that_a_crash_cut_short_spoils_no_other(tmp_path: Path) -> None:
 def test_a_point_with_another_setting_is_another_point(tmp_path: Path) -> None:
     keep(tmp_path, row(at(1), 1.0))
     assert rows_of(tmp_path, at(1, tokens=512)) == []
+
+
+def test_series_that_begin_alike_share_a_measurement(tmp_path: Path) -> None:
+    keep(tmp_path, row(at(1), 1.0))
+    keep(tmp_path, row(at(1), 2.0))
+    other = at(1, series="TP", scaling="weak")
+    twin = shared(tmp_path, other, 2)
+    assert twin is not None
+    assert twin["point"] == dataclasses.asdict(other)
+    assert twin["measured"]["tflops_per_rank"] == 2.0
+    assert shared(tmp_path, other, 3) is None
+    assert shared(tmp_path, at(1, series="TP", tokens=512), 1) is None
 
 
 def test_repeats_become_a_median_with_its_spread() -> None:
