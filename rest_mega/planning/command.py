@@ -75,11 +75,23 @@ def _detail(made: Plan) -> list[str]:
         f"seconds: {phases}; step {made.step_seconds:.2f}",
         f"bubble {made.bubble:.1%}, MFU {made.mfu:.1%}, {made.tokens_per_second:,.0f} tokens/s in "
         f"training; limited by {limit(made)}",
+        _kept(made),
         "fits"
         if made.fits
         else "DOES NOT FIT: raise parallel.tensor or parallel.pipeline, or set "
         "model.recompute=full",
     ]
+
+
+def _kept(made: Plan) -> str:
+    stored, copies = made.storage, ""
+    if stored.copies:
+        copies = f", {stored.copies} copies of that for the engine"
+    return (
+        f"run.dir: a checkpoint {_gb(stored.checkpoint)}, {stored.checkpoints} while one is saved; "
+        f"an export {_gb(stored.export)}, {stored.exports} in all{copies}; "
+        f"together {_gb(stored.total)}"
+    )
 
 
 def _gb(size: float) -> str:

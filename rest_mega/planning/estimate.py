@@ -15,6 +15,7 @@ from rest_mega.planning.parameters import (
     stage_layers,
     stage_parameters,
 )
+from rest_mega.planning.storage import Storage, storage
 from rest_mega.trainer.model import Architecture
 
 
@@ -49,6 +50,8 @@ class Plan:
     """Of one step, by phase."""
     model_flops: float
     """Of forward and backward passes over the step's tokens, recomputation left out."""
+    storage: Storage
+    """What lies in run.dir."""
 
     @property
     def memory(self) -> StageMemory:
@@ -119,6 +122,7 @@ def plan(
         traffic,
         seconds,
         batch.tokens * flops_per_token(architecture, config.rollout.max_tokens),
+        storage(architecture, config, batch.replicas),
     )
 
 
