@@ -1,4 +1,4 @@
-"""`train --dry-run`: the model's shapes and names at the run's real layout, without its GPUs."""
+"""`train --dry-run`: names and shapes of model and micro-batch at a real layout, without GPUs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from rest_mega import launch
 from rest_mega.cli import read
 from rest_mega.config import RunConfig, require
 from rest_mega.environments import load_modules
+from rest_mega.records import Microbatch, Sample
 
 
 def main(words: Sequence[str]) -> int:
-    """Build first and last tensor rank of every pipeline stage on the meta device, and print what
-    each holds; ConfigError where anything does not fit."""
+    """Build first and last tensor rank of every pipeline stage on the meta device, send the shapes
+    of a full micro-batch through it, and print what each holds; ConfigError where anything does not
+    fit."""
     parser = argparse.ArgumentParser("rest-mega train CONFIG --dry-run", description=main.__doc__)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--ranks", type=int, help="ranks of the run; default: the fewest")
     known, rest = parser.parse_known_args(list(words))
+    launch.hide_gpus()
     config = read(["train", *rest])[1]
     load_modules(config.environment.modules)
     return walk(config, known.ranks)
@@ -37,7 +43,8 @@ def walk(config: RunConfig, ranks: int | None) -> int:
     a.check(sizes)
     config.check_world(world)
     met: set[str] = set()
-    sys.stdout.write(" rank stage tensor layers      parameters\n")
+    batch = None if a.experts else _fullest(config)
+    sys.stdout.write(" rank stage tensor layers      parameters  hidden states\n")
     for stage in range(sizes.pipeline):
         for tensor in sorted({0, sizes.tensor - 1}):
             rank = stage * (world // sizes.pipeline) + tensor
@@ -45,9 +52,10 @@ def walk(config: RunConfig, ranks: int | None) -> int:
                 assert (place.pipeline_rank, place.tensor_rank) == (stage, tensor)
                 chunks = build(a, config.model, place)
                 names, count = _matched(chunks, a, place)
+                shape = "not walked" if batch is None else _forward(chunks, batch, a, place)
             met |= names
             layers = a.layers // sizes.pipeline
-            sys.stdout.write(f"{rank:5}{stage:6}{tensor:7}{layers:7}{count:16,}\n")
+            sys.stdout.write(f"{rank:5}{stage:6}{tensor:7}{layers:7}{count:16,}  {shape}\n")
     wanted = {n for n in hf_names(a) if sizes.expert == 1 or ".experts." not in n}
     missing = sorted(wanted - met)
     require(
@@ -56,7 +64,58 @@ def walk(config: RunConfig, ranks: int | None) -> int:
         f"({', '.join(missing[:3])}); add rows to rest_mega/sync/names.py",
     )
     sys.stdout.write(f"{len(met)} Hugging Face tensors have their places on {world} ranks\n")
+    if batch is None:
+        sys.stdout.write("no micro-batch was walked: experts choose tokens by their values\n")
+        return 0
+    trained = int(batch.mask_T.sum())
+    sys.stdout.write(
+        f"a micro-batch: {len(batch.ids_T):,} positions, {trained:,} at most reach the head\n"
+    )
     return 0
+
+
+def _fullest(config: RunConfig) -> Microbatch:
+    """As many of the longest trajectories as a micro-batch takes, all but the first token
+    sampled."""
+    from rest_mega.trainer.packing import pack, pad_multiple
+
+    length = config.rollout.max_tokens
+    sample = Sample(
+        ids_T=np.zeros(length, np.int32),
+        mask_T=np.arange(length) > 0,
+        regions_T=np.zeros(length, np.int8),
+        logprobs_T=np.zeros(length, np.float32),
+        version_T=np.zeros(length, np.int32),
+        advantage=0.0,
+        group=0,
+    )
+    count = config.packing.tokens // (length - 1)
+    multiple = pad_multiple(config.parallel)
+    (batch,) = pack([sample] * count, config.packing.tokens, pad_multiple=multiple)
+    return batch
+
+
+def _forward(chunks: list[Any], batch: Microbatch, a: Any, place: Any) -> str:
+    """The shape of what a rank hands on, of each of its chunks the same; ConfigError where it is
+    not this rank's part of the micro-batch."""
+    import torch
+
+    from rest_mega.trainer.forward import local_part, run_chunk
+
+    part, sizes = local_part(batch, place), place.config
+    rows = len(part.ids_T) // (sizes.tensor if sizes.sequence else 1)
+    for number, chunk in enumerate(chunks):
+        if number or not place.is_first_stage:
+            dtype = next(chunk.parameters()).dtype
+            chunk.set_input_tensor(torch.empty(rows, 1, a.hidden, dtype=dtype))
+        chunk.eval()  # recomputation, which asks a tensor for its value, changes no shape
+        shape = tuple(run_chunk(chunk, part, place.device).shape)
+        require(
+            shape == (rows, 1, a.hidden),
+            f"chunk {number} of stage {place.pipeline_rank} makes hidden states {shape} of "
+            f"({rows}, 1, {a.hidden}): mend its layers in rest_mega/trainer",
+        )
+    return f"{rows} x {a.hidden}"
 
 
 def _matched(chunks: list[Any], a: Any, place: Any) -> tuple[set[str], int]:

@@ -89,6 +89,11 @@ def many_machines() -> bool:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) != world_size()
 
 
+def hide_gpus() -> None:
+    """For what needs none: torch, not yet loaded, sees no GPU in this process."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def keep_gloo_on_loopback() -> None:
     """Where all ranks are on this machine, gloo listens on loopback and needs no host name."""
     if not many_machines():

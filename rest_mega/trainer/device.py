@@ -222,8 +222,9 @@ class _TritonStub(types.ModuleType):
 
 
 def _on_cpu(device: Any) -> Any:
+    """CUDA's devices stand for torch's default one: the CPU, or meta in a dry run."""
     cuda = isinstance(device, int) or str(device).startswith("cuda")
-    return "cpu" if device is not None and cuda else device
+    return torch.get_default_device() if device is not None and cuda else device
 
 
 def _factory(function: Any) -> Any:
@@ -257,7 +258,7 @@ def _cuda_view() -> types.ModuleType:
     view.__dict__.update(torch.cuda.__dict__)
     changes: dict[str, Any] = {
         "is_available": lambda: False,
-        "current_device": lambda: torch.device("cpu"),
+        "current_device": torch.get_default_device,
         "device_count": lambda: 0,
         "synchronize": lambda *_: None,
         "empty_cache": lambda: None,

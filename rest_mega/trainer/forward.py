@@ -169,10 +169,11 @@ def run_chunk(chunk: Any, batch: Microbatch, device: torch.device) -> torch.Tens
     final norm)."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    bounds = torch.zeros(len(batch.lengths_S) + 1, dtype=torch.int32)
+    bounds = torch.zeros(len(batch.lengths_S) + 1, dtype=torch.int32, device="cpu")
     bounds[1:] = torch.from_numpy(np.cumsum(batch.lengths_S))
     longest = int(batch.lengths_S.max())
-    bounds = bounds.to(device)
+    if device.type != "meta":  # whose tensors hold no numbers: a dry run
+        bounds = bounds.to(device)
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,

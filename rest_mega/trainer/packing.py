@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from rest_mega.config import ParallelConfig
 from rest_mega.records import Microbatch, Sample
 
 
@@ -64,6 +65,12 @@ def spread(bins: list[list[int]], lengths: Sequence[int], count: int) -> list[li
             heapq.heappush(heap, (-sum(lengths[i] for i in half), n * 2 + k, half))
     done += [b for _, _, b in sorted(heap)]
     return done + [[] for _ in range(count - len(done))]
+
+
+def pad_multiple(sizes: ParallelConfig) -> int:
+    """What the tokens of a micro-batch must be a multiple of (with context parallelism every
+    sequence is padded by itself, in `forward.local_part`)."""
+    return sizes.tensor if sizes.sequence and sizes.context == 1 else 1
 
 
 def pack(

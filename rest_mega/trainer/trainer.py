@@ -87,7 +87,7 @@ class Trainer:
 
     def _pack(self, samples: Sequence[Sample]) -> list[Microbatch]:
         sizes = self.parallel.config
-        multiple = sizes.tensor if sizes.sequence and sizes.context == 1 else 1
+        multiple = packing.pad_multiple(sizes)
         pack = functools.partial(packing.pack, samples, self._packing.tokens, pad_multiple=multiple)
         fewest = len(packing.plan([len(s.ids_T) - 1 for s in samples], self._packing.tokens))
         need = int(self.parallel.maximum(np.array([max(1.0, fewest)]))[0])

@@ -92,13 +92,24 @@ def test_a_slow_stage_sets_the_pace() -> None:
     assert slow == pytest.approx(1 + 32 * 9 + 2)
 
 
+def rollout(prompts: int, samples: int, tokens: int) -> RolloutConfig:
+    """A batch of whole sequences that no engine samples."""
+    return RolloutConfig(
+        engine="replay",
+        replay=".",
+        prompts_per_step=prompts,
+        samples_per_prompt=samples,
+        max_tokens=tokens,
+    )
+
+
 def paper_run(**sizes: int) -> RunConfig:
     """Narayanan et al. 2021, table 1: batch 3,072, sequences of 2,048, full recomputation, one
     sequence a micro-batch."""
     return RunConfig(
         model=ModelConfig(dtype="bf16", recompute="full"),
         parallel=ParallelConfig(**sizes),
-        rollout=RolloutConfig(prompts_per_step=3072, samples_per_prompt=1, max_tokens=2048),
+        rollout=rollout(3072, 1, 2048),
         packing=PackingConfig(tokens=2048),
         loss=LossConfig(optimizer_steps=1),
     )
@@ -118,6 +129,25 @@ def test_a_trillion_parameters_on_3072_a100_as_published() -> None:
     flops = 96 * 3072 * length * layers * hidden**2 * share
     assert flops / made.seconds["train"] / 3072 / 1e12 == pytest.approx(163, rel=0.25)
     assert made.fits
+
+
+@pytest.mark.parametrize(("gpus", "published"), [(8192, 430), (16384, 400)])
+def test_llama_405b_on_thousands_of_h100_as_published(gpus: int, published: float) -> None:
+    """Llama 3.1 405B (arXiv 2407.21783, table 4; also told by P. Balaji at SC'24): 16 M tokens a
+    batch in sequences of 8,192, TP 8, PP 16, TFLOP/s a GPU. Its 126 layers are laid over 16 uneven
+    stages: 128 here, eight chunks of one layer. Held within a tenth (412 and 381 now)."""
+    llama = Architecture(Family(), 128, 16384, 53248, 128, 8, 128, 128_256, False, 1e-5, 8192, ())
+    sizes = ParallelConfig(tensor=8, pipeline=16, virtual_pipeline=8, sequence=True)
+    config = dataclasses.replace(
+        paper_run(),
+        parallel=sizes,
+        model=ModelConfig(dtype="bf16"),
+        rollout=rollout(2048, 1, 8192),
+        packing=PackingConfig(tokens=8192),
+    )
+    made = plan(config, llama, "h100-80g", gpus)
+    assert made.batch.microbatches == 2048 // (gpus // 128)
+    assert made.mfu * made.gpu.flops / 1e12 == pytest.approx(published, rel=0.1)
 
 
 def test_model_flops_are_the_papers() -> None:
@@ -146,7 +176,7 @@ def test_layouts_for_many_gpus_fit_and_are_ordered(gpus: int) -> None:
     a = read_architecture(str(MODELS / "llama3.3_70b"))
     config = dataclasses.replace(
         paper_run(),
-        rollout=RolloutConfig(prompts_per_step=gpus, samples_per_prompt=4, max_tokens=2048),
+        rollout=rollout(gpus, 4, 2048),
     )
     best, _ = propose(config, a, GPUS["h100-80g"], gpus)
     assert len(best) == 5
