@@ -373,8 +373,8 @@ class SglangConfig:
     the machine's leads, then their servers, tp_size to each."""
     colocate: bool = False
     """Servers share their replica's GPUs: they give their memory back while the trainer trains (so
-    SGLang's enable_memory_saver is set), and take it again for the next rollouts. What the trainer
-    keeps meanwhile must fit beside mem_fraction_static."""
+    SGLang's enable_memory_saver is set), and take it again for the next rollouts. The trainer's
+    parameters, gradients and optimizer stay: mem_fraction_static is of what they leave free."""
     transport: str = "tensor"
     """How new weights travel: tensor (to servers started on GPUs as CUDA IPC handles, to others
     inside requests), distributed (broadcast by NCCL, or gloo without GPUs) or disk (a checkpoint

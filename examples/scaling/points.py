@@ -85,7 +85,11 @@ class Point:
             parallel=self.parallel,
             optimizer=OptimizerConfig(distributed=True),
             rollout=RolloutConfig(
-                prompts_per_step=self.trajectories, samples_per_prompt=1, max_tokens=self.length
+                engine="replay",  # the benchmark samples nothing
+                replay=".",
+                prompts_per_step=self.trajectories,
+                samples_per_prompt=1,
+                max_tokens=self.length,
             ),
             packing=PackingConfig(tokens=self.tokens),
         )

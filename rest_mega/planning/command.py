@@ -39,7 +39,7 @@ def table(plans: Sequence[Plan]) -> list[str]:
         lines.append(
             f"{s.tensor:5}{s.pipeline:5}{s.virtual_pipeline:5}{s.expert:5}"
             f"{made.batch.replicas:5} {made.config.model.recompute:9}"
-            f"{_gb(made.memory.total):>8} {'yes' if made.fits else 'no':>4}"
+            f"{_gb(made.phases[0].need):>8} {'yes' if made.fits else 'no':>4}"
             f"{made.bubble:7.1%}{made.mfu:6.1%}{made.tokens_per_second:9,.0f}"
             f"{made.step_seconds:7.1f}  {limit(made)}"
         )
@@ -76,11 +76,38 @@ def _detail(made: Plan) -> list[str]:
         f"bubble {made.bubble:.1%}, MFU {made.mfu:.1%}, {made.tokens_per_second:,.0f} tokens/s in "
         f"training; limited by {limit(made)}",
         _kept(made),
-        "fits"
-        if made.fits
-        else "DOES NOT FIT: raise parallel.tensor or parallel.pipeline, or set "
-        "model.recompute=full",
+        *_sampling(made),
+        _verdict(made),
     ]
+
+
+def _sampling(made: Plan) -> list[str]:
+    """The engine, in one line."""
+    e = made.engine
+    if e.placement == "none":
+        return []
+    kind = {
+        "colocated": "on the trainer's GPUs",
+        "apart": "on GPUs of its own",
+        "embedded": "in the lead's process",
+    }[e.placement]
+    size = f"{e.servers} x {e.gpus} GPU{'s' * (e.gpus > 1)}"
+    return [
+        f"engine: {size} {kind}; {e.share:.0%} of the {_gb(e.free)} left to it: weights "
+        f"{_gb(e.weights)}, cache {_gb(e.cache)} at {e.token / 1e3:.1f}K a token: {e.sequences} "
+        f"sequences of {e.length} tokens at once"
+    ]
+
+
+def _verdict(made: Plan) -> str:
+    """Which phase is tightest, and whether it fits."""
+    tightest = made.phases[0]
+    needs = ", ".join(f"{phase.name} {_gb(phase.need)}" for phase in made.phases)
+    if made.fits:
+        return f"needs at least, of {_gb(made.room)}: {needs}; fits"
+    return f"needs at least, of {_gb(made.room)}: {needs}; DOES NOT FIT in {tightest.name}: " + (
+        tightest.remedy
+    )
 
 
 def _kept(made: Plan) -> str:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from rest_mega.config import ParallelConfig, RunConfig, require
+from rest_mega.planning.engine import Engine, engine, rollout_seconds
 from rest_mega.planning.gpus import BANDWIDTH_SHARE, GPUS, MATMUL_SHARE, MEMORY_SHARE, Gpu
 from rest_mega.planning.memory import WIDTH, StageMemory, stages_memory
 from rest_mega.planning.parameters import (
@@ -33,6 +34,16 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Whether one part of a step fits; bytes on the GPU where it is tightest."""
+
+    name: str
+    need: float
+    room: float
+    remedy: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run needs and how fast it goes, by the model that docs/planning.md tells."""
 
@@ -52,6 +63,7 @@ class Plan:
     """Of forward and backward passes over the step's tokens, recomputation left out."""
     storage: Storage
     """What lies in run.dir."""
+    engine: Engine
 
     @property
     def memory(self) -> StageMemory:
@@ -64,9 +76,20 @@ class Plan:
         return self.gpu.memory * MEMORY_SHARE
 
     @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Training, and the rollout where there is an engine; the tightest first."""
+        held = [m.total + self.engine.resting * (m.stage < self.engine.stages) for m in self.stages]
+        remedy = "raise parallel.tensor or parallel.pipeline, or set model.recompute=full"
+        phases = [Phase("training", max(held), self.room, remedy)]
+        if self.engine.placement != "none":
+            used = self.room - self.engine.free
+            phases.append(Phase("rollout", used + self.engine.least, self.room, self.engine.remedy))
+        return tuple(sorted(phases, key=lambda phase: -phase.need))
+
+    @property
     def fits(self) -> bool:
-        """Whether the fullest stage fits."""
-        return self.memory.total <= self.room
+        """Whether every phase fits."""
+        return self.phases[0].need <= self.room
 
     @property
     def step_seconds(self) -> float:
@@ -105,8 +128,10 @@ def plan(
     traffic = times.traffic(batch)
     train = batch.optimizer_steps * (pipeline + times.sums(stages[0][1]))
     scored = batch.optimizer_steps * (batch.microbatches * max(f for f, _ in stages) + around / 3)
+    memory = stages_memory(architecture, config, world, batch.microbatches)
+    sampling = engine(architecture, config, gpu, world, memory)
     seconds = {
-        "rollout": times.rollout(batch),
+        "rollout": rollout_seconds(architecture, config, gpu, sampling),
         "score": scored if config.loss.scoring else 0.0,
         "train": train,
         "publish": model_parameters(architecture) * 2 / (gpu.link * BANDWIDTH_SHARE),
@@ -117,12 +142,13 @@ def plan(
         world,
         model_parameters(architecture),
         batch,
-        tuple(stages_memory(architecture, config, world, batch.microbatches)),
+        tuple(memory),
         around / pipeline,
         traffic,
         seconds,
         batch.tokens * flops_per_token(architecture, config.rollout.max_tokens),
         storage(architecture, config, batch.replicas),
+        sampling,
     )
 
 
@@ -245,24 +271,3 @@ class _Times:
         found["data"] = batch.optimizer_steps * (4 + self.width) * held.total * (data - 1) / data
         found["publish"] = 2.0 * model_parameters(self.a) / self.world
         return found
-
-    def rollout(self, batch: Batch) -> float:
-        """Seconds of generation: each decoding step reads the weights once and the caches of the
-        sequences that run together; as many do as memory holds."""
-        a, sizes, gpu, rollout = self.a, self.sizes, self.gpu, self.config.rollout
-        given = rollout.sglang.arguments.get("tp_size", sizes.tensor)
-        tp = given if isinstance(given, int) else sizes.tensor
-        engines = max(1, self.world // tp)
-        weights = 2.0 * model_parameters(a) / tp
-        cache = 4.0 * a.layers * a.kv_heads * a.head_dim / min(tp, a.kv_heads)
-        length = rollout.max_tokens
-        free = max(gpu.memory * 0.85 - weights, cache * length)
-        each = -(-batch.trajectories // engines)
-        together = max(1, min(each, int(free / (cache * length))))
-        rounds = -(-each // together)
-        new = min(length, rollout.max_new_tokens * rollout.max_turns)
-        reading = weights + together * cache * (length - new / 2)
-        products = 2.0 * active_parameters(a) * together / (tp * gpu.flops * MATMUL_SHARE)
-        token = max(reading / (gpu.bandwidth * BANDWIDTH_SHARE), products)
-        prefill = 2.0 * active_parameters(a) * (length - new) * each
-        return rounds * new * token + prefill / (tp * gpu.flops * MATMUL_SHARE)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from rest_mega.config import ConfigError, ParallelConfig, RunConfig
+from rest_mega.planning.engine import with_servers
 from rest_mega.planning.estimate import Plan, plan
 from rest_mega.planning.gpus import Gpu
 from rest_mega.trainer.model import Architecture
@@ -25,7 +26,7 @@ def propose(
             model=dataclasses.replace(config.model, recompute=recompute),
         )
         try:
-            made = plan(one, a, gpu, gpus)
+            made = plan(with_servers(one, a, gpu, gpus), a, gpu, gpus)
         except ConfigError as error:
             key = str(error).split("=")[0].split(" ")[0]
             refused[key] = refused.get(key, 0) + 1
@@ -39,14 +40,17 @@ def propose(
 
 def limit(made: Plan) -> str:
     """What holds this layout back most."""
-    sizes, memory = made.config.parallel, made.memory
+    sizes, tightest = made.config.parallel, made.phases[0]
     if not made.fits:
-        return f"memory: stage {memory.stage} needs {memory.total / made.room:.1f} x the room"
+        return f"memory: {tightest.name} needs {tightest.need / made.room:.2f} x the room"
     if sizes.tensor > made.gpu.per_node:
         return "TP across nodes"
     if made.bubble > 0.15:
         return f"bubble: {made.batch.microbatches} micro-batches for {sizes.pipeline} stages"
     if made.seconds["rollout"] > made.step_seconds / 2:
+        sampling = made.engine.servers * made.engine.gpus
+        if made.engine.placement == "colocated" and sampling < made.gpus:
+            return f"rollout: {sampling} of {made.gpus} GPUs sample"
         return "rollout: decoding reads weights and KV cache"
     if made.config.model.recompute == "full":
         return "memory: activations are recomputed"
@@ -54,7 +58,7 @@ def limit(made: Plan) -> str:
 
 
 def _rank(made: Plan) -> tuple[bool, float]:
-    return not made.fits, made.step_seconds if made.fits else float(made.memory.total)
+    return not made.fits, made.step_seconds if made.fits else made.phases[0].need
 
 
 def _candidates(a: Architecture, gpu: Gpu, gpus: int) -> Iterator[tuple[ParallelConfig, str]]:

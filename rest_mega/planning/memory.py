@@ -28,9 +28,14 @@ class StageMemory:
     head: int
 
     @property
+    def state(self) -> int:
+        """What stays while the engine samples: nothing of it is moved to the host."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
     def total(self) -> int:
         """All of them."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.head
+        return self.state + self.activations + self.head
 
 
 def state_bytes(held: Held, model: ModelConfig, optimizer: OptimizerConfig) -> tuple[int, int, int]:

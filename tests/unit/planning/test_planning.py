@@ -92,13 +92,24 @@ def test_a_slow_stage_sets_the_pace() -> None:
     assert slow == pytest.approx(1 + 32 * 9 + 2)
 
 
+def rollout(prompts: int, samples: int, tokens: int) -> RolloutConfig:
+    """A batch of whole sequences that no engine samples."""
+    return RolloutConfig(
+        engine="replay",
+        replay=".",
+        prompts_per_step=prompts,
+        samples_per_prompt=samples,
+        max_tokens=tokens,
+    )
+
+
 def paper_run(**sizes: int) -> RunConfig:
     """Narayanan et al. 2021, table 1: batch 3,072, sequences of 2,048, full recomputation, one
     sequence a micro-batch."""
     return RunConfig(
         model=ModelConfig(dtype="bf16", recompute="full"),
         parallel=ParallelConfig(**sizes),
-        rollout=RolloutConfig(prompts_per_step=3072, samples_per_prompt=1, max_tokens=2048),
+        rollout=rollout(3072, 1, 2048),
         packing=PackingConfig(tokens=2048),
         loss=LossConfig(optimizer_steps=1),
     )
@@ -131,7 +142,7 @@ def test_llama_405b_on_thousands_of_h100_as_published(gpus: int, published: floa
         paper_run(),
         parallel=sizes,
         model=ModelConfig(dtype="bf16"),
-        rollout=RolloutConfig(prompts_per_step=2048, samples_per_prompt=1, max_tokens=8192),
+        rollout=rollout(2048, 1, 8192),
         packing=PackingConfig(tokens=8192),
     )
     made = plan(config, llama, "h100-80g", gpus)
@@ -165,7 +176,7 @@ def test_layouts_for_many_gpus_fit_and_are_ordered(gpus: int) -> None:
     a = read_architecture(str(MODELS / "llama3.3_70b"))
     config = dataclasses.replace(
         paper_run(),
-        rollout=RolloutConfig(prompts_per_step=gpus, samples_per_prompt=4, max_tokens=2048),
+        rollout=rollout(gpus, 4, 2048),
     )
     best, _ = propose(config, a, GPUS["h100-80g"], gpus)
     assert len(best) == 5
