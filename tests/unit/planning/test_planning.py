@@ -143,18 +143,16 @@ def test_long_trajectories_are_offered_context_parallelism_and_short_ones_are_no
         assert {one.config.parallel.context for one in made} == contexts
 
 
-def test_a_deep_pipeline_is_offered_micro_batches_of_one_trajectory() -> None:
+def test_a_deep_pipeline_is_offered_micro_batches_of_one_trajectory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Twice as many micro-batches halve the bubble."""
-    a = read_architecture(str(MODELS / "llama3.3_70b"))
-    config = dataclasses.replace(
-        paper_run(),
-        rollout=RolloutConfig(prompts_per_step=512, max_tokens=4096),
-        packing=PackingConfig(tokens=8192),
-    )
-    made, _ = propose(config, a, GPUS["h100-80g"], 128, count=1000)
-    deep = [one for one in made if one.config.parallel.pipeline == 16 and one.fits]
-    assert deep
-    assert {one.config.packing.tokens for one in deep} == {4096}
+    monkeypatch.chdir(ROOT)
+    _, config = read(["train", "examples/recipes/llama3.3_70b.yaml"])
+    a = read_architecture(config.model.path)
+    made, _ = propose(config, a, GPUS["h100-80g"], 64, count=1000)
+    (deep,) = [one for one in made if one.config.parallel.pipeline == 8 and one.fits]
+    assert (config.packing.tokens, deep.config.packing.tokens) == (8192, 4096)
 
 
 @pytest.mark.parametrize(("gpus", "published"), [(8192, 430), (16384, 400)])
