@@ -33,12 +33,15 @@ def main(config: RunConfig, gpu: str, gpus: int | None, ranks: int | None) -> in
 
 def table(plans: Sequence[Plan]) -> list[str]:
     """One line per layout."""
-    lines = ["   TP   PP  VPP   EP   DP recompute  memory fits bubble   MFU tokens/s step s  limit"]
+    lines = [
+        "   TP   PP  VPP   CP   EP   DP packed recompute  memory fits bubble   MFU tokens/s"
+        " step s  limit"
+    ]
     for made in plans:
         s = made.config.parallel
         lines.append(
-            f"{s.tensor:5}{s.pipeline:5}{s.virtual_pipeline:5}{s.expert:5}"
-            f"{made.batch.replicas:5} {made.config.model.recompute:9}"
+            f"{s.tensor:5}{s.pipeline:5}{s.virtual_pipeline:5}{s.context:5}{s.expert:5}"
+            f"{made.batch.replicas:5}{made.config.packing.tokens:7} {made.config.model.recompute:9}"
             f"{_gb(made.phases[0].need):>8} {'yes' if made.fits else 'no':>4}"
             f"{made.bubble:7.1%}{made.mfu:6.1%}{made.tokens_per_second:9,.0f}"
             f"{made.step_seconds:7.1f}  {limit(made)}"

@@ -11,31 +11,57 @@ from rest_mega.planning.estimate import Plan, plan
 from rest_mega.planning.gpus import Gpu
 from rest_mega.trainer.model import Architecture
 
+SHORTEST = 2048
+"""Tokens of the longest sequence that a context-parallel rank must have left."""
+FASTER = 0.98
+"""Smaller micro-batches are taken where they bring a step's time below this share: what matrix
+products lose by them is not in the plan."""
+
 
 def propose(
     config: RunConfig, a: Architecture, gpu: Gpu, gpus: int, count: int = 5
 ) -> tuple[list[Plan], str]:
     """The `count` fastest layouts that fit (the smallest ones where none does), one per TP x PP x
-    EP; and why the others were refused, counted."""
-    found: dict[tuple[int, int, int], Plan] = {}
+    CP x EP; and why the others were refused, counted. `packing.tokens` is the config's or less."""
+    found: dict[tuple[int, int, int, int], Plan] = {}
     refused: dict[str, int] = {}
-    for sizes, recompute in _candidates(a, gpu, gpus):
-        one = dataclasses.replace(
-            config,
-            parallel=sizes,
-            model=dataclasses.replace(config.model, recompute=recompute),
-        )
+    for sizes in _candidates(config, a, gpu, gpus):
         try:
-            made = plan(with_servers(one, a, gpu, gpus), a, gpu, gpus)
+            made = _best(dataclasses.replace(config, parallel=sizes), a, gpu, gpus)
         except ConfigError as error:
             key = str(error).split("=")[0].split(" ")[0]
             refused[key] = refused.get(key, 0) + 1
             continue
-        place = (sizes.tensor, sizes.pipeline, sizes.expert)
+        place = (sizes.tensor, sizes.pipeline, sizes.context, sizes.expert)
         if place not in found or _rank(made) < _rank(found[place]):
             found[place] = made
     best = sorted(found.values(), key=_rank)[:count]
     return best, ", ".join(f"{number} by {key}" for key, number in refused.items())
+
+
+def _best(config: RunConfig, a: Architecture, gpu: Gpu, gpus: int) -> Plan:
+    """The layout of `config` with its best recomputation and micro-batches, and with servers that
+    fit: each mode of recomputation is slower and smaller than the one before."""
+    a.check(config.parallel)
+    config.check_world(gpus)
+    config = with_servers(config, a, gpu, gpus)
+    most = config.packing.tokens
+    sizes = [most >> n for n in range(8) if most >> n >= config.rollout.max_tokens]
+    tried: list[Plan] = []
+    for recompute in ("none", "selective", "full"):
+        model = dataclasses.replace(config.model, recompute=recompute)
+        best: Plan | None = None
+        for tokens in sizes:
+            packing = dataclasses.replace(config.packing, tokens=tokens)
+            made = plan(dataclasses.replace(config, model=model, packing=packing), a, gpu, gpus)
+            tried.append(made)
+            if not made.fits:
+                continue
+            if best is None or made.step_seconds < FASTER * best.step_seconds:
+                best = made
+        if best is not None:
+            return best
+    return min(tried, key=_rank)
 
 
 def limit(made: Plan) -> str:
@@ -61,22 +87,25 @@ def _rank(made: Plan) -> tuple[bool, float]:
     return not made.fits, made.step_seconds if made.fits else made.phases[0].need
 
 
-def _candidates(a: Architecture, gpu: Gpu, gpus: int) -> Iterator[tuple[ParallelConfig, str]]:
+def _candidates(
+    config: RunConfig, a: Architecture, gpu: Gpu, gpus: int
+) -> Iterator[ParallelConfig]:
     experts = a.experts.count if a.experts else 1
+    contexts = [n for n in (1, 2, 4, 8) if n == 1 or config.rollout.max_tokens >= n * SHORTEST]
     for tensor in _divisors(a.heads, 2 * gpu.per_node):
         for pipeline in _divisors(a.layers, gpus // tensor):
             chunks = (1, 2, 4) if pipeline > 1 else (1,)
             for virtual in (v for v in chunks if a.layers % (pipeline * v) == 0):
                 for expert in _divisors(experts, min(64, gpus // pipeline)):
-                    sizes = ParallelConfig(
-                        tensor=tensor,
-                        pipeline=pipeline,
-                        virtual_pipeline=virtual,
-                        expert=expert,
-                        sequence=tensor > 1,
-                    )
-                    for recompute in ("none", "selective", "full"):
-                        yield sizes, recompute
+                    for context in (n for n in contexts if tensor * pipeline * n <= gpus):
+                        yield ParallelConfig(
+                            tensor=tensor,
+                            pipeline=pipeline,
+                            virtual_pipeline=virtual,
+                            context=context,
+                            expert=expert,
+                            sequence=tensor > 1,
+                        )
 
 
 def _divisors(number: int, most: int) -> list[int]:
