@@ -74,32 +74,36 @@ class Watchdog:
         """The next rank's last heartbeat, and when it was first seen."""
         self._closed = threading.Event()
         self._looked = 0.0
-        """When the thread last turned to the store."""
+        """When the store was last turned to: by `arrive`, then by the thread."""
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def arrive(self) -> None:
         """Wait until all ranks have come here. TimeoutError names those that have not within the
         deadline `join`; ConnectionError: the store is gone meanwhile."""
         end = time.monotonic() + self._deadlines["join"]
+        self._looked = time.monotonic()
+        threading.Thread(target=self._watch_the_store, name="watchdog-store", daemon=True).start()
         try:
             self._mine.set(f"beat/{self._rank}", "0")
             self._tell()
             self._mine.add(_ARRIVED, 1)
             while self._mine.add(_ARRIVED, 0) < self._world:
+                self._looked = time.monotonic()
                 if time.monotonic() > end:
                     ranks = range(self._world)
                     missing = [str(r) for r in ranks if not _get(self._mine, f"beat/{r}")]
                     raise TimeoutError(f"no word of rank {', '.join(missing[:8])}")
                 time.sleep(BEAT_S / 20)
-        except RuntimeError as error:
+        except (TimeoutError, RuntimeError) as error:
+            self._closed.set()
+            if isinstance(error, TimeoutError):
+                raise
             raise ConnectionError("the store is gone: rank 0 or its machine was lost") from error
 
     def start(self) -> None:
         """Begin to watch; all ranks have arrived."""
         self._tell()
-        self._looked = time.monotonic()
         self._thread.start()
-        threading.Thread(target=self._watch_the_store, name="watchdog-store", daemon=True).start()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import plots
+import psutil
 from points import MEASURED, Point, Sweep, read_sweep
 from prediction import device, predict
 from results import RESULTS, keep, rows_of, seen, shared
@@ -42,6 +43,8 @@ from rest_mega.telemetry.rows import read_rows
 ROOT = Path(__file__).resolve().parents[2]
 ERROR = re.compile(r"(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)(?:: .*|$)")
 KEPT_ERRORS = 5
+GRACE_S = 10.0
+"""How long a launcher has to end its ranks."""
 
 
 def run(sweep: Sweep, out: Path, repeats: int, quiet: float) -> int:
@@ -144,9 +147,21 @@ def start(command: list[str], log: Path, seconds: float) -> int:
             file.write(f"TimeoutError: ended after {seconds / 60:g} minutes (key minutes)\n")
             return 124
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+            if child.poll() is None:
+                end(child)
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """End a launcher and its ranks, which torchrun puts into sessions of their own."""
+    ranks = psutil.Process(child.pid).children(recursive=True)
+    child.terminate()  # torchrun and srun then end theirs
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(timeout=GRACE_S)
+    for process in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    child.kill()
+    child.wait()
 
 
 def last_errors(log: Path) -> list[str]:

@@ -3,6 +3,9 @@ process, on a real store."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -178,3 +181,37 @@ def test_a_rank_that_closed_may_leave(ranks: Ranks) -> None:
     ranks.dogs[1].close()
     time.sleep(1.5)
     assert not ranks.codes
+
+
+SERVER = """
+import time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_store_that_falls_silent_ends_the_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed import TCPStore
+
+    monkeypatch.setattr(watchdog, "BEAT_S", 0.05)
+    monkeypatch.setattr(watchdog, "SILENCE_S", 1.0)
+    codes: list[int] = []
+    left = threading.Event()
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        store = TCPStore("127.0.0.1", int(server.stdout.readline()), is_master=False)
+        dog = Watchdog(
+            store, 0, 1, tmp_path, DEADLINES, leave=lambda code: (codes.append(code), left.set())[1]
+        )
+        dog.arrive()
+        dog.start()
+        server.send_signal(signal.SIGSTOP)  # its socket stays open: nothing is refused
+        assert left.wait(timeout=30)
+        server.kill()
+    assert codes == [FAILED]
+    assert "its store has not answered for 1 s: its machine was lost, or" in capfd.readouterr().err
+    dog.close()

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import charts
 import host_load
+import psutil
 import pytest
 import sweep
 from pass_times import PassTimes, waiting
 from plots import efficiency, table
 from points import Point
 from results import RESULTS, keep, rows_of, seen, shared
+
+from rest_mega.launch import free_port
 
 POINT = Point("DP", "strong", "models/tiny", 1, 8)
 
@@ -203,3 +209,32 @@ def test_without_a_bound_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_a_logarithmic_axis_holds_its_values(low: float, high: float, ticks: list[float]) -> None:
     assert charts._powers(low, high) == pytest.approx(ticks)
+
+
+def test_a_launcher_is_ended_with_all_its_ranks(tmp_path: Path) -> None:
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import os, pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(str(os.getpid()) + ' ')\n"
+        "time.sleep(600)\n"
+    )
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    words += ["--master-port", str(free_port()), str(rank), str(tmp_path)]
+    launcher = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
+    places = [tmp_path / "0", tmp_path / "1"]
+    await_(lambda: all(place.exists() and place.read_text() for place in places), 300)
+    sweep.end(launcher)
+    ranks = [int(place.read_text()) for place in places]
+    await_(lambda: not any(psutil.pid_exists(pid) for pid in ranks), 30)
+
+
+def await_(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_point_beyond_its_time_is_told(tmp_path: Path) -> None:
+    assert sweep.start(["sleep", "600"], tmp_path / "log", 0.1) == 124
+    assert "TimeoutError: ended after" in sweep.last_errors(tmp_path / "log")[0]
