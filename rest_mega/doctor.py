@@ -12,6 +12,7 @@ from rest_mega import launch
 from rest_mega.cli import read
 from rest_mega.config import ConfigError, RunConfig
 from rest_mega.diagnosis import ERROR, OK, WARNING, Finding, findings
+from rest_mega.environments import load_modules
 
 TRIES_S = 120.0
 """Deadline of process groups and of all collectives together, besides their own seconds."""
@@ -70,11 +71,24 @@ def alone(config: RunConfig, *, folder: bool) -> list[Finding]:
     from rest_mega.diagnosis import folder as folders
     from rest_mega.diagnosis import machine, servers, software
 
+    needed = _needed(config)  # on every rank: what is wrong with the model stops all of them
     found = [*software.look(config), *machine.look(config)]
     if launch.local_rank() == 0:
         found += servers.look(config)
-        found += folders.look(Path(config.run.dir), 0.0) if folder else []
+        found += folders.look(Path(config.run.dir), needed) if folder else []
     return found
+
+
+def _needed(config: RunConfig) -> float:
+    """Bytes that a run of this config keeps in run.dir; 0 where it has no model."""
+    from rest_mega.planning.storage import storage
+    from rest_mega.trainer.model import read_architecture
+
+    if not config.model.path:
+        return 0.0
+    load_modules(config.environment.modules)  # they may add the model's family
+    replicas = max(1, launch.world_size() // config.parallel.replica_size)
+    return float(storage(read_architecture(config.model.path), config, replicas).total)
 
 
 def _together(

@@ -66,9 +66,9 @@ def _room(folder: Path, needed: float) -> Finding:
     free = shutil.disk_usage(folder).free
     text = f"{free / 1e9:,.0f} GB are free"
     if needed:
-        text += f", {needed / 1e9:,.1f} GB are needed for the checkpoints of a run"
+        text += f", {needed / 1e9:,.1f} GB are needed (checkpoints, exports)"
     if free < needed:
-        remedy = "choose another run.dir, or lower run.keep_checkpoints (2 at least)"
+        remedy = "choose another run.dir, or lower run.keep_checkpoints, 2 at least"
         return Finding(ERROR, CHECK, text, remedy)
     return Finding(OK, CHECK, text)
 

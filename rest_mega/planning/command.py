@@ -33,10 +33,8 @@ def main(config: RunConfig, gpu: str, gpus: int | None, ranks: int | None) -> in
 
 def table(plans: Sequence[Plan]) -> list[str]:
     """One line per layout."""
-    lines = [
-        "   TP   PP  VPP   CP   EP   DP packed recompute  memory fits bubble   MFU tokens/s"
-        " step s  limit"
-    ]
+    head = "   TP   PP  VPP   CP   EP   DP tokens recompute  memory fits bubble   MFU"
+    lines = [f"{head} tokens/s step s  limit"]
     for made in plans:
         s = made.config.parallel
         lines.append(

@@ -11,8 +11,8 @@ from rest_mega.planning.estimate import Plan, plan
 from rest_mega.planning.gpus import Gpu
 from rest_mega.trainer.model import Architecture
 
-SHORTEST = 2048
-"""Tokens of the longest sequence that a context-parallel rank must have left."""
+CONTEXT_TOKENS = 4096
+"""Context parallelism is proposed for trajectories that are at least twice as long as this."""
 FASTER = 0.98
 """Smaller micro-batches are taken where they bring a step's time below this share: what matrix
 products lose by them is not in the plan."""
@@ -25,7 +25,7 @@ def propose(
     CP x EP; and why the others were refused, counted. `packing.tokens` is the config's or less."""
     found: dict[tuple[int, int, int, int], Plan] = {}
     refused: dict[str, int] = {}
-    for sizes in _candidates(config, a, gpu, gpus):
+    for sizes in _candidates(a, gpu, gpus, config.rollout.max_tokens):
         try:
             made = _best(dataclasses.replace(config, parallel=sizes), a, gpu, gpus)
         except ConfigError as error:
@@ -87,17 +87,14 @@ def _rank(made: Plan) -> tuple[bool, float]:
     return not made.fits, made.step_seconds if made.fits else made.phases[0].need
 
 
-def _candidates(
-    config: RunConfig, a: Architecture, gpu: Gpu, gpus: int
-) -> Iterator[ParallelConfig]:
+def _candidates(a: Architecture, gpu: Gpu, gpus: int, longest: int) -> Iterator[ParallelConfig]:
     experts = a.experts.count if a.experts else 1
-    contexts = [n for n in (1, 2, 4, 8) if n == 1 or config.rollout.max_tokens >= n * SHORTEST]
     for tensor in _divisors(a.heads, 2 * gpu.per_node):
         for pipeline in _divisors(a.layers, gpus // tensor):
             chunks = (1, 2, 4) if pipeline > 1 else (1,)
             for virtual in (v for v in chunks if a.layers % (pipeline * v) == 0):
-                for expert in _divisors(experts, min(64, gpus // pipeline)):
-                    for context in (n for n in contexts if tensor * pipeline * n <= gpus):
+                for context in _contexts(longest, gpus // (tensor * pipeline)):
+                    for expert in _divisors(experts, min(64, gpus // pipeline)):
                         yield ParallelConfig(
                             tensor=tensor,
                             pipeline=pipeline,
@@ -106,6 +103,11 @@ def _candidates(
                             expert=expert,
                             sequence=tensor > 1,
                         )
+
+
+def _contexts(longest: int, most: int) -> list[int]:
+    """CP sizes that leave a rank at least CONTEXT_TOKENS of the longest trajectory."""
+    return [c for c in (1, 2, 4, 8, 16) if c == 1 or (longest >= c * CONTEXT_TOKENS and c <= most)]
 
 
 def _divisors(number: int, most: int) -> list[int]:

@@ -132,6 +132,30 @@ def test_a_trillion_parameters_on_3072_a100_as_published() -> None:
     assert made.fits
 
 
+def test_long_trajectories_are_offered_context_parallelism_and_short_ones_are_not() -> None:
+    a = read_architecture(str(MODELS / "qwen3_8b"))
+    for longest, contexts in ((4096, {1}), (32_768, {1, 2, 4, 8})):
+        config = dataclasses.replace(
+            paper_run(),
+            rollout=RolloutConfig(prompts_per_step=512, max_tokens=longest),
+            packing=PackingConfig(tokens=longest),
+        )
+        made, _ = propose(config, a, GPUS["h100-80g"], 32, count=1000)
+        assert {one.config.parallel.context for one in made} == contexts
+
+
+def test_a_deep_pipeline_is_offered_micro_batches_of_one_trajectory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice as many micro-batches halve the bubble."""
+    monkeypatch.chdir(ROOT)
+    _, config = read(["train", "examples/recipes/llama3.3_70b.yaml"])
+    a = read_architecture(config.model.path)
+    made, _ = propose(config, a, GPUS["h100-80g"], 64, count=1000)
+    (deep,) = [one for one in made if one.config.parallel.pipeline == 8 and one.fits]
+    assert (config.packing.tokens, deep.config.packing.tokens) == (8192, 4096)
+
+
 @pytest.mark.parametrize(("gpus", "published"), [(8192, 430), (16384, 400)])
 def test_llama_405b_on_thousands_of_h100_as_published(gpus: int, published: float) -> None:
     """Llama 3.1 405B (arXiv 2407.21783, table 4; also told by P. Balaji at SC'24): 16 M tokens a
@@ -235,7 +259,7 @@ def long_run(max_tokens: int, packed: int) -> RunConfig:
 
 
 def test_long_sequences_are_cut_over_ranks() -> None:
-    """Context parallelism is proposed where a rank has 2,048 tokens of a sequence or more left."""
+    """Context parallelism is proposed where a rank has 4,096 tokens of a sequence or more left."""
     a = read_architecture(str(MODELS / "qwen3_8b"))
     long, _ = propose(long_run(32768, 32768), a, GPUS["h100-80g"], 64)
     assert long[0].fits
