@@ -40,15 +40,19 @@ class PassTimes:
 
     def spans(self) -> list[tuple[float, float]]:
         """(begin, end) of every pass since `begin`, in seconds since the epoch by this host."""
+        return sorted(span for spans in self.by_name().values() for span in spans)
+
+    def by_name(self) -> dict[str, list[tuple[float, float]]]:
+        """The same, of forward and backward passes apart, each in its order."""
         if self._on_gpu:
             torch.cuda.synchronize()
-        found: list[tuple[float, float]] = []
-        for marks in self._marks.values():
+        found = {}
+        for name, marks in self._marks.items():
             times = [
                 self._zero + self._base.elapsed_time(m) / 1e3 if self._on_gpu else m for m in marks
             ]
-            found += zip(times[::2], times[1::2], strict=True)
-        return sorted(found)
+            found[name] = list(zip(times[::2], times[1::2], strict=True))
+        return found
 
     def __call__(self, name: str, log_level: int = 0) -> _Timer:
         """megatron-core's timer of that name."""

@@ -43,7 +43,7 @@ def walk(config: RunConfig, ranks: int | None) -> int:
     a.check(sizes)
     config.check_world(world)
     met: set[str] = set()
-    batch = None if a.experts else _fullest(config)
+    batch = _fullest(config)
     sys.stdout.write(" rank stage tensor layers      parameters  hidden states\n")
     for stage in range(sizes.pipeline):
         for tensor in sorted({0, sizes.tensor - 1}):
@@ -52,7 +52,7 @@ def walk(config: RunConfig, ranks: int | None) -> int:
                 assert (place.pipeline_rank, place.tensor_rank) == (stage, tensor)
                 chunks = build(a, config.model, place)
                 names, count = _matched(chunks, a, place)
-                shape = "not walked" if batch is None else _forward(chunks, batch, a, place)
+                shape = _forward(chunks, batch, a, place)
             met |= names
             layers = a.layers // sizes.pipeline
             sys.stdout.write(f"{rank:5}{stage:6}{tensor:7}{layers:7}{count:16,}  {shape}\n")
@@ -64,13 +64,12 @@ def walk(config: RunConfig, ranks: int | None) -> int:
         f"({', '.join(missing[:3])}); add rows to rest_mega/sync/names.py",
     )
     sys.stdout.write(f"{len(met)} Hugging Face tensors have their places on {world} ranks\n")
-    if batch is None:
-        sys.stdout.write("no micro-batch was walked: experts choose tokens by their values\n")
-        return 0
     trained = int(batch.mask_T.sum())
     sys.stdout.write(
         f"a micro-batch: {len(batch.ids_T):,} positions, {trained:,} at most reach the head\n"
     )
+    if a.experts:
+        sys.stdout.write("experts were left out: their tokens choose them by their values\n")
     return 0
 
 
@@ -101,9 +100,11 @@ def _forward(chunks: list[Any], batch: Microbatch, a: Any, place: Any) -> str:
     import torch
 
     from rest_mega.trainer.forward import local_part, run_chunk
+    from rest_mega.trainer.imagined import leave_out_experts
 
     part, sizes = local_part(batch, place), place.config
     rows = len(part.ids_T) // (sizes.tensor if sizes.sequence else 1)
+    leave_out_experts(chunks)
     for number, chunk in enumerate(chunks):
         if number or not place.is_first_stage:
             dtype = next(chunk.parameters()).dtype

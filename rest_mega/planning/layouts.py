@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 
 from rest_mega.config import ConfigError, ParallelConfig, RunConfig
@@ -14,30 +13,21 @@ from rest_mega.trainer.model import Architecture
 
 CONTEXT_TOKENS = 4096
 """Context parallelism is proposed for trajectories that are at least twice as long as this."""
+FASTER = 0.98
+"""Smaller micro-batches are taken where they bring a step's time below this share: what matrix
+products lose by them is not in the plan."""
 
 
 def propose(
     config: RunConfig, a: Architecture, gpu: Gpu, gpus: int, count: int = 5
 ) -> tuple[list[Plan], str]:
     """The `count` fastest layouts that fit (the smallest ones where none does), one per TP x PP x
-    CP x EP; and why the others were refused, counted. Micro-batches are the config's, or one
-    trajectory each."""
+    CP x EP; and why the others were refused, counted. `packing.tokens` is the config's or less."""
     found: dict[tuple[int, int, int, int], Plan] = {}
     refused: dict[str, int] = {}
-    longest = config.rollout.max_tokens
-    sizes_of = dict.fromkeys((config.packing.tokens, longest))
-    modes = itertools.product(sizes_of, ("none", "selective", "full"))
-    for sizes, (tokens, recompute) in itertools.product(
-        _candidates(a, gpu, gpus, longest), list(modes)
-    ):
-        one = dataclasses.replace(
-            config,
-            parallel=sizes,
-            model=dataclasses.replace(config.model, recompute=recompute),
-            packing=dataclasses.replace(config.packing, tokens=tokens),
-        )
+    for sizes in _candidates(a, gpu, gpus, config.rollout.max_tokens):
         try:
-            made = plan(with_servers(one, a, gpu, gpus), a, gpu, gpus)
+            made = _best(dataclasses.replace(config, parallel=sizes), a, gpu, gpus)
         except ConfigError as error:
             key = str(error).split("=")[0].split(" ")[0]
             refused[key] = refused.get(key, 0) + 1
@@ -47,6 +37,31 @@ def propose(
             found[place] = made
     best = sorted(found.values(), key=_rank)[:count]
     return best, ", ".join(f"{number} by {key}" for key, number in refused.items())
+
+
+def _best(config: RunConfig, a: Architecture, gpu: Gpu, gpus: int) -> Plan:
+    """The layout of `config` with its best recomputation and micro-batches, and with servers that
+    fit: each mode of recomputation is slower and smaller than the one before."""
+    a.check(config.parallel)
+    config.check_world(gpus)
+    config = with_servers(config, a, gpu, gpus)
+    most = config.packing.tokens
+    sizes = [most >> n for n in range(8) if most >> n >= config.rollout.max_tokens]
+    tried: list[Plan] = []
+    for recompute in ("none", "selective", "full"):
+        model = dataclasses.replace(config.model, recompute=recompute)
+        best: Plan | None = None
+        for tokens in sizes:
+            packing = dataclasses.replace(config.packing, tokens=tokens)
+            made = plan(dataclasses.replace(config, model=model, packing=packing), a, gpu, gpus)
+            tried.append(made)
+            if not made.fits:
+                continue
+            if best is None or made.step_seconds < FASTER * best.step_seconds:
+                best = made
+        if best is not None:
+            return best
+    return min(tried, key=_rank)
 
 
 def limit(made: Plan) -> str:

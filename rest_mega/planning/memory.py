@@ -75,7 +75,10 @@ def layer_activations(a: Architecture, config: RunConfig, layer: int) -> float:
         inner = attention / sizes.tensor + feed
     else:
         inner = (attention + 3 * a.ffn) / sizes.tensor
-    return width * (norms + inner) / sizes.context
+    gathered = 0.0  # keys and values of all context-parallel ranks, by local layers
+    if sizes.context > 1 and config.model.recompute == "none":
+        gathered = 2 * kv / sizes.tensor
+    return width * ((norms + inner) / sizes.context + gathered)
 
 
 def stages_memory(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def order(stage: int, stages: int, chunks: int, microbatches: int) -> list[tuple[bool, int, int]]:
@@ -48,9 +48,23 @@ def makespan(
     chunks: int = 1,
     send: float = 0.0,
 ) -> float:
-    """Seconds of one optimizer step's pipeline. `forward[p]`, `backward[p]`: of one chunk of rank p
-    for one micro-batch; `send`: between neighbours, not overlapped."""
-    stages = len(forward)
+    """Seconds of one optimizer step's pipeline. `forward[b]`, `backward[b]`: of one micro-batch in
+    block b of the layers, chunk * PP + p on rank p; `send`: between neighbours, not overlapped."""
+
+    def took(is_forward: bool, block: int, microbatch: int) -> float:
+        return forward[block] if is_forward else backward[block]
+
+    return makespan_of(took, len(forward) // chunks, microbatches, chunks, send)
+
+
+def makespan_of(
+    took: Callable[[bool, int, int], float],
+    stages: int,
+    microbatches: int,
+    chunks: int = 1,
+    send: float = 0.0,
+) -> float:
+    """The same where every pass has its own seconds: `took(is forward, block, micro-batch)`."""
     queues = [order(p, stages, chunks, microbatches) for p in range(stages)]
     done: dict[tuple[bool, int, int], float] = {}
     clock, next_pass, left = [0.0] * stages, [0] * stages, sum(map(len, queues))
@@ -65,8 +79,7 @@ def makespan(
                     break
                 local = needs is not None and (stages == 1 or needs[0] != is_forward)
                 ready = 0.0 if needs is None else done[needs] + (0.0 if local else send)
-                took = forward[p] if is_forward else backward[p]
-                clock[p] = max(clock[p], ready) + took
+                clock[p] = max(clock[p], ready) + took(is_forward, block, m)
                 done[is_forward, block, m] = clock[p]
                 next_pass[p], left = next_pass[p] + 1, left - 1
         assert left < before, "the schedule waits for itself"

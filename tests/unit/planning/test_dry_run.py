@@ -11,7 +11,7 @@ from rest_mega.cli import main
 ROOT = Path(__file__).parents[3]
 RECIPES = {"qwen3_8b": 8, "qwen3_8b_split": 4, "llama3.2_3b": 8, "llama3.3_70b": 32}
 RECIPES |= {"qwen3_1.7b": 8, "qwen3_4b": 8, "qwen3_14b": 8, "qwen3_30b_a3b": 16}
-DENSE = "examples/recipes/qwen3_1.7b.yaml"
+DENSE, MIXTURE = "examples/recipes/qwen3_1.7b.yaml", "examples/recipes/qwen3_30b_a3b.yaml"
 
 
 def test_all_recipes_are_here() -> None:
@@ -28,7 +28,8 @@ def test_a_recipe_has_its_shapes_and_names_at_its_layout(
     assert main(words) == 0
     said = capsys.readouterr().out
     assert f"have their places on {ranks} ranks" in said
-    assert ("8,190 at most reach the head" in said) == (recipe != "qwen3_30b_a3b")
+    assert "8,190 at most reach the head" in said
+    assert ("experts were left out" in said) == (recipe == "qwen3_30b_a3b")
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,16 @@ def test_a_micro_batch_goes_through_every_stage(
     rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith(shape)]
     tensor = 2 if int(str(sizes["tensor"])) > 1 else 1
     assert len(rows) == tensor * int(str(sizes["pipeline"]))
+
+
+def test_a_mixture_is_walked_without_its_experts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    words = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2", "parallel.expert=4"]
+    assert main(["train", MIXTURE, "--dry-run", "--ranks", "8", *words]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith("2048 x 2048") for line in said) == 4
 
 
 def test_heads_that_cannot_be_cut_are_refused(

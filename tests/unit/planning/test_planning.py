@@ -64,7 +64,8 @@ def test_parameters_are_those_of_the_model_cards(name: str, billions: float) -> 
 def test_the_timeline_of_even_stages_is_megatrons_formula(chunks: int, microbatches: int) -> None:
     """Narayanan et al. 2021, section 2.2: m (f + b) + (p - 1)(f + b) / v."""
     stages, forward, backward = 4, 1.0, 2.0
-    even = [forward / chunks] * stages, [backward / chunks] * stages
+    blocks = stages * chunks
+    even = [forward / chunks] * blocks, [backward / chunks] * blocks
     seconds = makespan(*even, microbatches, chunks)
     expected = (microbatches + (stages - 1) / chunks) * (forward + backward)
     assert seconds == pytest.approx(expected)
@@ -146,9 +147,10 @@ def test_long_trajectories_are_offered_context_parallelism_and_short_ones_are_no
 def test_a_deep_pipeline_is_offered_micro_batches_of_one_trajectory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Twice as many micro-batches halve the bubble."""
+    """Twice as many micro-batches halve the bubble, which is large where there are few."""
     monkeypatch.chdir(ROOT)
-    _, config = read(["train", "examples/recipes/llama3.3_70b.yaml"])
+    words = ["train", "examples/recipes/llama3.3_70b.yaml", "rollout.prompts_per_step=64"]
+    _, config = read(words)
     a = read_architecture(config.model.path)
     made, _ = propose(config, a, GPUS["h100-80g"], 64, count=1000)
     (deep,) = [one for one in made if one.config.parallel.pipeline == 8 and one.fits]
@@ -246,3 +248,22 @@ def test_what_does_not_fit_is_told_with_a_remedy(
     words = ["plan", "examples/recipes/qwen3_14b.yaml", "--gpu", "l40s-48g", "--ranks", "4"]
     assert main(words) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def long_run(max_tokens: int, packed: int) -> RunConfig:
+    return dataclasses.replace(
+        paper_run(),
+        model=ModelConfig(dtype="bf16"),
+        rollout=rollout(512, 4, max_tokens),
+        packing=PackingConfig(tokens=packed),
+    )
+
+
+def test_micro_batches_are_made_smaller_where_that_fits() -> None:
+    """Never below the longest sequence, and not where the config's own fit as well."""
+    a = read_architecture(str(MODELS / "qwen3_8b"))
+    tight, _ = propose(long_run(2048, 65536), a, GPUS["h100-80g"], 4)
+    assert tight[0].fits
+    assert 2048 <= tight[0].config.packing.tokens < 65536
+    roomy, _ = propose(long_run(2048, 8192), a, GPUS["h200-141g"], 64)
+    assert roomy[0].config.packing.tokens == 8192
