@@ -98,7 +98,9 @@ def test_plan_and_dry_run_know_it(
     words = [f"model.path={model}", f"environment.modules=[{FAMILY}]", "parallel.tensor=8",
              "model.dtype=bf16", "model.recompute=full"]  # fmt: skip
     config = tmp_path / "config.yaml"
-    config.write_text("rollout: {max_tokens: 2048}\n")
+    config.write_text(
+        "rollout: {max_tokens: 2048, engine: sglang, sglang: {colocate: true, tp_size: 8}}\n"
+    )
     assert main(["plan", str(config), *words, "parallel.pipeline=4", "--ranks", "64"]) == 0
     assert "36.15 B parameters on 64 x" in capsys.readouterr().out  # "36B"
     assert main(["train", str(config), *words, "--dry-run", "--ranks", "8"]) == 0
