@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,6 +14,12 @@ from rest_mega.trainer.parallel import Parallel
 
 LOOK_S = 0.3
 Result = TypeVar("Result")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--quiet and --patience, what `Quiet` is made of."""
+    parser.add_argument("--quiet", type=float, default=1.0, help="share of the cores for others")
+    parser.add_argument("--patience", type=float, default=600.0, help="seconds to wait for quiet")
 
 
 class Quiet:

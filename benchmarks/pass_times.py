@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rest_mega.telemetry.profiler import Timer
 from rest_mega.trainer.parallel import Parallel
 
 PASSES = ("forward-compute", "backward-compute")
@@ -54,12 +55,12 @@ class PassTimes:
             found[name] = list(zip(times[::2], times[1::2], strict=True))
         return found
 
-    def __call__(self, name: str, log_level: int = 0) -> _Timer:
+    def __call__(self, name: str, log_level: int = 0) -> Timer:
         """megatron-core's timer of that name."""
-        return _Timer(self, name)
+        return Timer(self, name)
 
-    def mark(self, name: str) -> None:
-        """A pass begins or ends; other timers of megatron-core are left alone."""
+    def start(self, name: str) -> None:
+        """A pass begins or, as `stop`, ends; other timers of megatron-core are left alone."""
         if name not in self._marks:
             return
         if self._on_gpu:
@@ -69,18 +70,7 @@ class PassTimes:
         else:
             self._marks[name].append(time.time())
 
-
-class _Timer:
-    """As megatron-core uses it; its barriers are left out: they would hide who waits for whom."""
-
-    def __init__(self, passes: PassTimes, name: str) -> None:
-        self._passes, self._name = passes, name
-
-    def start(self, barrier: bool = False) -> None:
-        self._passes.mark(self._name)
-
-    def stop(self, barrier: bool = False) -> None:
-        self._passes.mark(self._name)
+    stop = start
 
 
 def waiting(

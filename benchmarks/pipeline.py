@@ -28,7 +28,7 @@ import json
 import statistics
 from typing import Any
 
-from host_load import Quiet
+import host_load
 from pass_times import PASSES, PassTimes
 from train_step import SIZES, build, join, samples
 
@@ -98,8 +98,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch")
     parser.add_argument("--trained", type=float, default=0.5, help="share of trained tokens")
     parser.add_argument("--steps", type=int, default=5, help="timed, after one that is not")
-    parser.add_argument("--quiet", type=float, default=1.0, help="share of the cores for others")
-    parser.add_argument("--patience", type=float, default=600.0, help="seconds to wait for quiet")
+    host_load.add_options(parser)
     parser.set_defaults(
         model="", layers="auto", recompute="none", spread=0.0, tensor=1, context=1, expert=1,
         sequence=False, distributed=False,
@@ -119,7 +118,7 @@ def main() -> None:
     trainer.time_pieces(passes)
     offset = place.clock_offset()
     (batches,) = trainer.pack(samples(args, trainer.architecture.vocab_size, 0))
-    quietly = Quiet(place, args.quiet, args.patience)
+    quietly = host_load.Quiet(place, args.quiet, args.patience)
     timed = []
     for number in range(args.steps + 1):
         one, others = quietly(lambda: step(trainer, batches, passes, offset))

@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import device_speed
+import host_load
 import numpy as np
 import peak_memory
 import torch
-from host_load import Quiet
 from pass_times import PassTimes, waiting
 
 from rest_mega.config import (
@@ -198,8 +198,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--distributed", action="store_true", help="distributed optimizer")
     parser.add_argument("--peak", type=float, default=0.0, help="TFLOP/s of one device")
     parser.add_argument("--speed", action="store_true", help="measure the device as well")
-    parser.add_argument("--quiet", type=float, default=1.0, help="share of the cores for others")
-    parser.add_argument("--patience", type=float, default=600.0, help="seconds to wait for quiet")
+    host_load.add_options(parser)
     parser.add_argument("--json", type=Path, help="file of the result")
     return parser.parse_args()
 
@@ -211,7 +210,7 @@ def main() -> None:
     on_gpu = place.device.type == "cuda"
     dtype = "bf16" if on_gpu else "fp32"
     kind = torch.bfloat16 if on_gpu else torch.float32
-    quietly = Quiet(place, args.quiet, args.patience)
+    quietly = host_load.Quiet(place, args.quiet, args.patience)
 
     def look() -> list[dict[str, float]]:
         return [quietly(lambda: device_speed.measure(place, kind))[0]] if args.speed else []

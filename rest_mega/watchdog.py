@@ -94,10 +94,11 @@ class Watchdog:
                     missing = [str(r) for r in ranks if not _get(self._mine, f"beat/{r}")]
                     raise TimeoutError(f"no word of rank {', '.join(missing[:8])}")
                 time.sleep(BEAT_S / 20)
-        except (TimeoutError, RuntimeError) as error:
+        except TimeoutError:
             self._closed.set()
-            if isinstance(error, TimeoutError):
-                raise
+            raise
+        except RuntimeError as error:
+            self._closed.set()
             raise ConnectionError("the store is gone: rank 0 or its machine was lost") from error
 
     def start(self) -> None:

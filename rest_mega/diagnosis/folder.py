@@ -16,6 +16,7 @@ from rest_mega.diagnosis.findings import ERROR, OK, WARNING, Finding
 CHECK = "run.dir"
 PROBE_BYTES = 64 * 2**20
 """Written to measure the speed."""
+_CHOOSE = "set run.dir to a folder on a file system that all machines share"
 
 
 def look(folder: Path, needed: float) -> list[Finding]:
@@ -30,9 +31,6 @@ def look(folder: Path, needed: float) -> list[Finding]:
         return [Finding(ERROR, CHECK, f"{where} cannot be written: {error.strerror}", _CHOOSE)]
     finally:
         probe.unlink(missing_ok=True)
-
-
-_CHOOSE = "set run.dir to a folder on a file system that all machines share"
 
 
 def _there(folder: Path) -> Path:

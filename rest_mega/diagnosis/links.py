@@ -32,8 +32,6 @@ class Link:
     """A collective to try in this rank's group of a kind."""
 
     name: str
-    size: int
-    """Ranks in the group."""
     run: Callable[[torch.Tensor], None]
     prepare: Callable[[torch.Tensor], None]
     right: Callable[[torch.Tensor], bool]
@@ -53,7 +51,7 @@ def look(place: Parallel, seconds: float) -> list[Finding]:
 
 
 def _clocks(place: Parallel) -> Finding:
-    offsets = place.sum(_mine(place, place.clock_offset()))
+    offsets = _of_all(place, place.clock_offset())
     worst = int(np.abs(offsets).argmax())
     if abs(offsets[worst]) > CLOCK_S:
         text = f"rank {worst}'s is {offsets[worst]:+.1f} s off rank 0's: logs are out of order"
@@ -73,8 +71,7 @@ def _compute(place: Parallel) -> Finding:
     for _ in range(MATMULS):
         a @ a
     _synchronise(place)
-    mine = time.perf_counter() - begin
-    seconds = place.sum(_mine(place, mine))
+    seconds = _of_all(place, time.perf_counter() - begin)
     median = float(np.median(seconds))
     slow = [rank for rank, one in enumerate(seconds) if one > SLOW * median]
     speed = 2 * n**3 * MATMULS / median / 1e12
@@ -104,33 +101,29 @@ def _all_reduce(name: str, group: dist.ProcessGroup) -> Link:
     def prepare(tensor: torch.Tensor) -> None:
         tensor.copy_(_pattern(tensor)).mul_(rank + 1)
 
+    def run(tensor: torch.Tensor) -> None:
+        dist.all_reduce(tensor, group=group)
+
     def right(tensor: torch.Tensor) -> bool:
         return torch.equal(tensor, _pattern(tensor) * (size * (size + 1) // 2))
 
-    return Link(
-        f"all-reduce, {name} of {size}",
-        size,
-        lambda tensor: _wait(dist.all_reduce(tensor, group=group, async_op=True)),
-        prepare,
-        right,
-        2 * (size - 1) / size,
-    )
+    return Link(f"all-reduce, {name} of {size}", run, prepare, right, 2 * (size - 1) / size)
 
 
 def _broadcast(name: str, group: dist.ProcessGroup) -> Link:
-    first, rank = dist.get_global_rank(group, 0), dist.get_rank(group)
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    first = dist.get_global_rank(group, 0)
 
     def prepare(tensor: torch.Tensor) -> None:
         tensor.copy_(_pattern(tensor)).mul_(float(rank == 0))
 
-    return Link(
-        f"broadcast, {name} of {dist.get_world_size(group)}",
-        dist.get_world_size(group),
-        lambda tensor: _wait(dist.broadcast(tensor, first, group=group, async_op=True)),
-        prepare,
-        lambda tensor: torch.equal(tensor, _pattern(tensor)),
-        1.0,
-    )
+    def run(tensor: torch.Tensor) -> None:
+        dist.broadcast(tensor, first, group=group)
+
+    def right(tensor: torch.Tensor) -> bool:
+        return torch.equal(tensor, _pattern(tensor))
+
+    return Link(f"broadcast, {name} of {size}", run, prepare, right, 1.0)
 
 
 def _hop(name: str, group: dist.ProcessGroup) -> Link:
@@ -154,7 +147,7 @@ def _hop(name: str, group: dist.ProcessGroup) -> Link:
     def right(tensor: torch.Tensor) -> bool:
         return torch.equal(tensor, _pattern(tensor) * ((rank - 1) % size + 1))
 
-    return Link(f"hop, {name} of {size}", size, run, prepare, right, 1.0)
+    return Link(f"hop, {name} of {size}", run, prepare, right, 1.0)
 
 
 def _pattern(tensor: torch.Tensor) -> torch.Tensor:
@@ -162,16 +155,11 @@ def _pattern(tensor: torch.Tensor) -> torch.Tensor:
     return torch.arange(tensor.numel(), device=tensor.device).remainder_(7).to(tensor.dtype)
 
 
-def _wait(work: dist.Work | None) -> None:
-    assert work is not None
-    work.wait()
-
-
 def _try(place: Parallel, link: Link, tensor: torch.Tensor, seconds: float) -> Finding:
     link.prepare(tensor)
     link.run(tensor)
     _synchronise(place)
-    wrong = np.flatnonzero(place.sum(_mine(place, float(not link.right(tensor)))))
+    wrong = np.flatnonzero(_of_all(place, float(not link.right(tensor))))
     if len(wrong):
         text = f"{link.name}: the numbers that arrive are wrong, {told(wrong.tolist())}"
         remedy = (
@@ -196,14 +184,14 @@ def _timed(place: Parallel, link: Link, tensor: torch.Tensor, count: int) -> np.
     for _ in range(count):
         link.run(tensor)
     _synchronise(place)
-    return place.sum(_mine(place, time.perf_counter() - begin))
+    return _of_all(place, time.perf_counter() - begin)
 
 
-def _mine(place: Parallel, value: float) -> np.ndarray:
-    """`value` at this rank's place among zeros: their sum over the ranks has everyone's."""
+def _of_all(place: Parallel, value: float) -> np.ndarray:
+    """Every rank's value, in rank order; collective."""
     values = np.zeros(place.world_size)
     values[place.rank] = value
-    return values
+    return place.sum(values)
 
 
 def _synchronise(place: Parallel) -> None:

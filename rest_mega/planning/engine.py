@@ -106,15 +106,34 @@ def engine(
     sizes, replicas = config.parallel, config.parallel.data_parallel(world)
     room = gpu.memory * MEMORY_SHARE
     if rollout.engine == "replay":
-        return Engine("none", 0, 0, 0, room, 1.0, 0.0, 0.0, rollout.max_tokens, 0, 0.0)
+        return Engine(
+            placement="none",
+            servers=0,
+            gpus=0,
+            stages=0,
+            free=room,
+            share=1.0,
+            weights=0.0,
+            token=0.0,
+            length=rollout.max_tokens,
+            most=0,
+            tokens=0.0,
+        )
     width = WIDTH[config.model.dtype]
     whole = float(model_parameters(a) * width)
     if rollout.engine == "embedded":
-        left = room - stages[0].state
-        token = cache_bytes(a, 1, 1, width)
-        most = rollout.batch_size
         return Engine(
-            "embedded", replicas, 1, 1, left, 1.0, whole, token, rollout.max_tokens, most, math.inf
+            placement="embedded",
+            servers=replicas,
+            gpus=1,
+            stages=1,
+            free=room - stages[0].state,
+            share=1.0,
+            weights=whole,
+            token=cache_bytes(a, 1, 1, width),
+            length=rollout.max_tokens,
+            most=rollout.batch_size,
+            tokens=math.inf,
         )
     gpus = sglang.gpus_per_server
     given = sglang.arguments
@@ -130,17 +149,17 @@ def engine(
         )
         hosts = -(-need // (sizes.tensor * sizes.context))
     return Engine(
-        "colocated" if sglang.colocate else "apart",
-        len(sglang.urls) or replicas * sglang.servers,
-        gpus,
-        hosts,
-        room - max((stage.state for stage in stages[:hosts]), default=0),
-        float(str(given.get("mem_fraction_static", STATIC_SHARE))),
-        whole / gpus,
-        token,
-        rollout.max_tokens,
-        min(sglang.in_flight, int(str(given.get("max_running_requests") or sglang.in_flight))),
-        float(str(given.get("max_total_tokens") or math.inf)),
+        placement="colocated" if sglang.colocate else "apart",
+        servers=len(sglang.urls) or replicas * sglang.servers,
+        gpus=gpus,
+        stages=hosts,
+        free=room - max((stage.state for stage in stages[:hosts]), default=0),
+        share=float(str(given.get("mem_fraction_static", STATIC_SHARE))),
+        weights=whole / gpus,
+        token=token,
+        length=rollout.max_tokens,
+        most=min(sglang.in_flight, int(str(given.get("max_running_requests") or sglang.in_flight))),
+        tokens=float(str(given.get("max_total_tokens") or math.inf)),
     )
 
 

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rest_mega.config import ProfileConfig
 from rest_mega.telemetry.rows import append, read_rows
@@ -68,9 +68,9 @@ class Profiler:
             finally:
                 self.stop(name)
 
-    def __call__(self, name: str, log_level: int = 0) -> _Timer:
+    def __call__(self, name: str, log_level: int = 0) -> Timer:
         """megatron-core's timer of that name."""
-        return _Timer(self, name)
+        return Timer(self, name)
 
     def start(self, name: str) -> None:
         """A span begins."""
@@ -118,19 +118,29 @@ class Profiler:
         trace.export_chrome_trace(str(self._folder / file))
 
 
-class _Timer:
-    """As megatron-core uses it."""
+class Spans(Protocol):
+    """What keeps the spans of megatron-core's timers."""
 
-    def __init__(self, profiler: Profiler, name: str) -> None:
-        self._profiler, self._name = profiler, name
+    def start(self, name: str) -> None:
+        """A span begins."""
+
+    def stop(self, name: str) -> None:
+        """The span ends."""
+
+
+class Timer:
+    """One of megatron-core's timers: starts and stops the spans of its name."""
+
+    def __init__(self, spans: Spans, name: str) -> None:
+        self._spans, self._name = spans, name
 
     def start(self, barrier: bool = False) -> None:
         """A barrier would hide who waits for whom: there is none."""
-        self._profiler.start(self._name)
+        self._spans.start(self._name)
 
     def stop(self, barrier: bool = False) -> None:
         """The end."""
-        self._profiler.stop(self._name)
+        self._spans.stop(self._name)
 
 
 def merge(run_dir: Path) -> Path | None:

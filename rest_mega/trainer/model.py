@@ -1,8 +1,8 @@
 """ModelConfig -> this rank's chunks of a megatron-core GPTModel, shaped after a Hugging Face
 config.
 
-A chunk returns hidden states on the last
-stage, not logits: the head of `losses.head` takes the trained rows alone and never stores logits.
+A chunk returns hidden states on the last stage, not logits: the head of `losses.head` takes the
+trained rows alone and never stores logits.
 """
 
 from __future__ import annotations
