@@ -201,7 +201,10 @@ def open_session(
     together."""
     store, watchdog = _meet(config)
     try:
-        place = parallel.start(config.parallel, config.run.device, config.deadlines, store)
+        place = parallel.start(
+            config.parallel, config.run.device, config.deadlines, store,
+            leads_play=not config.rollout.starts_engines,
+        )  # fmt: skip
         return _open(config, inputs, verb, place, watchdog, total_steps, rollouts)
     except BaseException as error:
         try:
@@ -274,11 +277,11 @@ def _open(
     if found is not None:
         restore = checkpoint.load if trains else checkpoint.load_parameters
         resumed = _together(place, lambda: restore(trainer, found))
-    stop, leads = Stop(), rollouts and place.is_lead
+    stop, plays = Stop(), rollouts and place.is_player
     machine = _machine(place)
-    engine = _together(place, lambda: _engine(config, inputs, place, machine) if leads else None)
+    engine = _together(place, lambda: _engine(config, inputs, place, machine) if plays else None)
     collector = _collector(config, inputs, engine, stop) if engine is not None else None
-    bank = _together(place, lambda: _bank(config, place) if leads and verb == "train" else None)
+    bank = _together(place, lambda: _bank(config, place) if plays and verb == "train" else None)
     carried = [json.loads(line) for line in read_episodes(found)] if bank and found else []
     timeline, profiler = _watching(config, place, resumed.get("step")) if trains else (None, None)
     if config.profile.steps and profiler is not None:
@@ -299,6 +302,12 @@ def _open(
     )
     if directory is not None and directory.unlocked:
         reporter.event("unlocked", f"{run_dir} cannot be locked: {directory.unlocked}")
+    if machine.idle and rollouts and config.rollout.starts_engines:
+        reporter.event(
+            "idle",
+            f"{machine.idle} machines train but do not sample: they hold unequal parts of a "
+            "replica; choose parallel sizes that cut replicas evenly by machines",
+        )
     for problem in damaged:
         reporter.event("damaged", f"left out a damaged checkpoint: {problem}")
     exporter = Exporter(trainer.modules, inputs.architecture, place)
@@ -379,16 +388,16 @@ def _trainer(
 
 
 def _bank(config: RunConfig, place: parallel.Parallel) -> Bank:
-    """Where the episodes of this lead are kept, or come from."""
+    """Where the episodes of this player are kept, or come from."""
     rollout, folder = config.rollout, Path(config.run.dir) / "bank"
     if rollout.engine == "replay":
         return ReadOnlyBank(Path(rollout.replay))
-    return Bank(folder, stamp_of(config), place.data_rank) if rollout.bank else NoBank(folder)
+    return Bank(folder, stamp_of(config), place.player) if rollout.bank else NoBank(folder)
 
 
 def _machine(place: parallel.Parallel) -> Machine:
     """Who trains on which GPU here; collective."""
-    mine = row(launch.machine(), launch.local_rank(), place.is_lead, place.data_rank)
+    mine = row(launch.machine(), launch.local_rank(), place.is_player, place.data_rank)
     return Machine.of(place.gather_text(mine), place.rank, device.count(place.device))
 
 
@@ -405,9 +414,10 @@ def _engine(
         f"give a multiple of {place.data_size}",
     )
     require(
-        place.data_size == 1 or "://" not in sglang.router,
-        f"rollout.sglang.router={sglang.router!r} with {place.data_size} replicas, which load the "
-        "weights of their own servers at times of their own: use rollout.sglang.router=start",
+        len(place.players) == 1 or "://" not in sglang.router,
+        f"rollout.sglang.router={sglang.router!r} with {len(place.players)} processes that load "
+        "the weights of their own servers at times of their own (one on each machine of every "
+        "replica): use rollout.sglang.router=start",
     )
     urls = sglang.urls[place.data_rank :: place.data_size]
     return make_engine(
@@ -416,7 +426,7 @@ def _engine(
         dtype=config.model.dtype,
         tokenizer=inputs.tokenizer,
         device=place.device,
-        folder=run_dir / "servers" / f"replica_{place.data_rank}",
+        folder=run_dir / "servers" / f"player_{place.player}",
         machine=machine,
     )
 

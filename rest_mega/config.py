@@ -306,9 +306,10 @@ class EnvironmentConfig:
     parallel_calls: int = 8
     """Calls of one turn that run at the same time at most."""
     parallel_episodes: int = 64
-    """Episodes of one lead whose calls are answered at the same time at most."""
+    """Episodes of one player (a process of each replica on each of its machines) whose calls are
+    answered at the same time at most."""
     isolated_workers: int = 4
-    """Worker processes of one lead for tools declared isolated."""
+    """Worker processes of one player, as above, for tools declared isolated."""
     isolated_memory_mb: int = 512
     """Memory that an isolated tool may take, in MB."""
     messages: Mapping[str, str] = field(default_factory=dict)
@@ -358,11 +359,12 @@ class SglangConfig:
     """Servers that run already (http://host:port), shared out evenly among the replicas; empty:
     start our own."""
     servers: int = 1
-    """Servers that each replica's lead starts on its machine; they end with it."""
+    """Servers that each replica starts on each of its machines (on its lead's alone where the
+    machines have unequal parts of it); they end with the run."""
     router: str = ""
     """An sglang-router that requests go through: http://host:port of one that runs, start for one
-    that each lead starts before its servers, empty for none: each lead then asks the server that
-    has the least to do, an episode's next turn where its prefix is cached."""
+    that each replica starts on each of its machines before the servers there, empty for none: the
+    server that has the least to do is asked, an episode's next turn where its prefix is cached."""
     python: str = ""
     """Python interpreter of an environment with sglang; empty: the one that runs this."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -370,7 +372,7 @@ class SglangConfig:
     gpus: tuple[int, ...] = ()
     """GPUs of a machine for the servers that are started on it, as the run numbers them: ranks
     train on the first ones, so with 4 ranks [4, 5, 6, 7] of 8 are free. Shared out in order among
-    the machine's leads, then their servers, tp_size to each."""
+    the machine's replicas, then their servers, tp_size to each."""
     colocate: bool = False
     """Servers share their replica's GPUs: they give their memory back while the trainer trains (so
     SGLang's enable_memory_saver is set), and take it again for the next rollouts. The trainer's
@@ -390,7 +392,7 @@ class SglangConfig:
     false for servers that rearrange weights (quantization, a kernel's own layout). Experts are
     compared on a CPU alone."""
     master_host: str = "127.0.0.1"
-    """transport=distributed: where servers reach the lead."""
+    """transport=distributed: where servers reach the trainer's process that sends them weights."""
     in_flight: int = 512
     """Episodes per server that are decoded or have their calls answered at a time."""
     restarts: int = 3
@@ -465,8 +467,8 @@ class RolloutConfig:
     """How trajectories are sampled."""
 
     engine: str = "embedded"
-    """embedded (transformers, in the lead's process), sglang (servers, see rollout.sglang) or
-    replay (nothing is sampled: see rollout.replay)."""
+    """embedded (transformers, in a process of each replica on each of its machines), sglang
+    (servers, see rollout.sglang) or replay (nothing is sampled: see rollout.replay)."""
     prompts_per_step: int = 8
     """Prompts of one training step, over all replicas."""
     samples_per_prompt: int = 8
@@ -501,6 +503,11 @@ class RolloutConfig:
     """With engine=replay: the bank of another run, or the bank folder of a dump."""
     sglang: SglangConfig = field(default_factory=SglangConfig)
     """Used with engine=sglang alone."""
+
+    @property
+    def starts_engines(self) -> bool:
+        """The run starts its own engines, on the machines of its ranks."""
+        return self.engine == "embedded" or (self.engine == "sglang" and not self.sglang.urls)
 
     def __post_init__(self) -> None:
         one_of("rollout.engine", self.engine, ("embedded", "replay", "sglang"))

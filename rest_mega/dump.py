@@ -82,10 +82,11 @@ def write_dump(
         partial.mkdir(parents=True)
     s.place.barrier()
     lengths = [len(sample.ids_T) for sample in rollout.samples]
-    trainer = [t.trainer_T for t in s.trainer.rows.traces(parts, scores, lengths)]
+    traces = s.trainer.rows.traces(parts, scores, lengths)[rollout.mine]
+    trainer = [t.trainer_T for t in traces]
     worst = _worst(s, rollout, trainer)
-    if s.place.is_lead:
-        _write_replica(s, partial, rollout, trainer)
+    if s.place.is_player:
+        _write_player(s, partial, rollout, trainer)
     if s.place.is_head:
         limits = asdict(s.config.guard)
         about = {"step": step, "gap": asdict(gap), "limits": limits, "worst": worst}
@@ -118,14 +119,14 @@ def _trained(sample: Sample) -> Any:
 
 def _worst(s: Session, rollout: Rollout, trainer: Sequence[Floats]) -> dict[str, Any]:
     """The trained token of the largest gap over all replicas, in words; the same on every rank."""
-    mine = _worst_of_mine(s, rollout, trainer) if s.place.is_lead else {}
-    found = [json.loads(text) for text in s.place.gather_text(json.dumps(mine))]
+    mine = json.dumps(_worst_of_mine(s, rollout, trainer))
+    found = [json.loads(text) for text in s.place.gather_text(mine)]
     return max((one for one in found if one), key=lambda one: float(one["gap"]), default={})
 
 
 def _worst_of_mine(s: Session, rollout: Rollout, trainer: Sequence[Floats]) -> dict[str, Any]:
     top: dict[str, Any] = {}
-    for sample, t, trainer_T in zip(rollout.samples, rollout.view.trained, trainer, strict=True):
+    for sample, t, trainer_T in zip(rollout.own, rollout.view.trained, trainer, strict=True):
         gap_T = np.where(_trained(sample), distance(trainer_T, sample.logprobs_T), -1.0)
         at = int(gap_T.argmax())
         if gap_T[at] > top.get("gap", -1.0):
@@ -151,11 +152,11 @@ def _describe(
     }
 
 
-# ------------------------------------------------------------------ one replica's files
+# ------------------------------------------------------------------ one player's files
 
 
-def _write_replica(s: Session, folder: Path, rollout: Rollout, trainer: Sequence[Floats]) -> None:
-    number, view = s.place.data_rank, rollout.view
+def _write_player(s: Session, folder: Path, rollout: Rollout, trainer: Sequence[Floats]) -> None:
+    number, view = s.place.player, rollout.view
     pairs = zip(view.groups, view.seed_P, strict=True)
     rows = (row_of(t, seed) for group, seed in pairs for t in group)
     write_rows(folder / "bank", view.step, number, rows)
@@ -164,7 +165,7 @@ def _write_replica(s: Session, folder: Path, rollout: Rollout, trainer: Sequence
     ]
     (folder / f"trajectories_{number}.json").write_text(json.dumps(about, indent=1))
     rewards = [x for x, kept in zip(view.rewards_PG, view.trained_P, strict=True) if kept]
-    np.savez(folder / f"tokens_{number}.npz", **_tokens(rollout.samples, rewards, trainer))
+    np.savez(folder / f"tokens_{number}.npz", **_tokens(rollout.own, rewards, trainer))
 
 
 def _trajectory(view: RolloutView, p: int, g: int) -> dict[str, Any]:

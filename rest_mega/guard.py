@@ -83,7 +83,7 @@ def examine(
     if not (s.config.loss.scoring and every and step % every == 0):
         return Gap(), {}
     sampled = rollout.view.trained
-    check_ids(rollout.samples, parts, sampled if s.place.is_lead else None)
+    check_ids(rollout.samples, parts, rollout.own, sampled)
     scored = sampled_by(step - 1, rollout.samples, s.trainer.rows.scored(parts, scores))
     gap = measure(s.place, s.trainer.rows, scored)
     turns = sum(len(t.turns) for t in sampled)
@@ -130,17 +130,18 @@ def distance(trainer: Floats, engine: Floats) -> Floats:
 def check_ids(
     samples: Sequence[Sample],
     parts: Sequence[Sequence[Microbatch]],
-    trajectories: Sequence[Trajectory] | None,
+    own: Sequence[Sample] = (),
+    trajectories: Sequence[Trajectory] = (),
 ) -> None:
     """AssertionError unless every sample is packed once, token for token as the engine sampled it.
 
-    `trajectories`: of the samples, as the ledger wrote them; None on ranks that have none.
+    `own`: those of the samples that this rank has played; `trajectories`: of these, as the ledger
+    wrote them.
     """
-    if trajectories is not None:
-        for number, (sample, t) in enumerate(zip(samples, trajectories, strict=True)):
-            _same(f"trajectory {number}", "ids", sample.ids_T, t.ids_T)
-            _same(f"trajectory {number}", "mask", sample.mask_T, t.turn_T >= 0)
-            _same(f"trajectory {number}", "log-probs", sample.logprobs_T, t.logprobs_T)
+    for number, (sample, t) in enumerate(zip(own, trajectories, strict=True)):
+        _same(f"trajectory {number}", "ids", sample.ids_T, t.ids_T)
+        _same(f"trajectory {number}", "mask", sample.mask_T, t.turn_T >= 0)
+        _same(f"trajectory {number}", "log-probs", sample.logprobs_T, t.logprobs_T)
     before = 0
     for part in parts:
         found = sorted(

@@ -1,5 +1,5 @@
 """The rollouts of one training step: rounds of prompts until enough groups carry signal -> samples
-on every rank, and the lead's view of what it played.
+on every rank, and a player's view of what it played.
 
 With `rollout.oversample` a step's first round begins more groups than it needs and ends when enough
 are done; the others are carried into the next step (`rollout.unfinished`), where they come first.
@@ -34,7 +34,7 @@ def _none() -> Reals:
 
 @dataclass(frozen=True)
 class RolloutView:
-    """One lead's rollouts of a step, of all rounds; empty on other ranks."""
+    """One player's rollouts of a step, of all rounds; empty on other ranks."""
 
     step: int = 0
     groups: Sequence[Sequence[Trajectory]] = ()
@@ -50,7 +50,7 @@ class RolloutView:
 
     @property
     def trained(self) -> list[Trajectory]:
-        """The trajectories of this replica's samples, in their order."""
+        """The trajectories of this player's samples, in their order."""
         pairs = zip(self.groups, self.trained_P, strict=True)
         return [t for group, trained in pairs if trained for t in group]
 
@@ -61,22 +61,29 @@ class Rollout:
 
     samples: list[Sample]
     """Of this replica, on all its ranks."""
+    mine: slice
+    """Those of them that this player has played; none on other ranks."""
     view: RolloutView
     counts: dict[str, float]
     """How many groups were played and trained on, over all replicas; equal on every rank."""
 
+    @property
+    def own(self) -> list[Sample]:
+        """The samples of `view.trained`."""
+        return self.samples[self.mine]
+
 
 @dataclass(frozen=True)
 class _Round:
-    """The groups of one round: those that this lead played (elsewhere none), and the rewards of
+    """The groups of one round: those that this player played (elsewhere none), and the rewards of
     all."""
 
     groups: Sequence[Group]
     parts: Mapping[str, Reals]
     mine: slice
-    """Which rows of the round are this replica's."""
+    """Which rows of the round are this player's."""
     rewards_PG: Reals
-    """Of all replicas, in the order of the prompts."""
+    """Of all players, in the order of the prompts."""
 
 
 def rollout_seed(seed: int, step: int, number: int) -> tuple[object, ...]:
@@ -100,19 +107,22 @@ class Rollouts:
     """Draws and plays the prompts of step after step; what is carried from one to the next."""
 
     def __init__(self, session: Session, stream: PromptStream, carried: Sequence[Row] = ()) -> None:
-        """`carried`: of the checkpoint that the run resumes from, all replicas' rows."""
+        """`carried`: of the checkpoint that the run resumes from, all players' rows."""
         self._s, self._stream = session, stream
         self._carried = _restored(session, carried) if session.collector is not None else []
         self._before = stream.state(), self._carried
 
     def unfinished(self) -> list[dict[str, Any]]:
-        """What this lead carries into the next step, as a checkpoint keeps it."""
-        mine = {"replica": [self._s.place.data_rank, self._s.place.data_size]}
+        """What this player carries into the next step, as a checkpoint keeps it."""
+        if not self._carried:
+            return []
+        place = self._s.place
+        mine = {"player": [place.player, len(place.players)]}
         return [row_of(m, group.seed) | mine for group in self._carried for m in group.members]
 
     def play(self, step: int) -> Rollout | None:
         """Draw the step's prompts and play them; None on every rank when a stop was asked for: the
-        step is then as good as not begun. Every rank draws the same prompts and takes its replica's
+        step is then as good as not begun. Every rank draws the same prompts, a player takes its
         share. Collective.
 
         With `credit.equal_groups=resample` a further round draws as many prompts as groups lack
@@ -162,7 +172,7 @@ class Rollouts:
         """A round that is to bring `count` groups over all replicas."""
         s = self._s
         siblings = s.config.rollout.samples_per_prompt
-        mine = slice(s.place.data_rank, None, s.place.data_size)
+        mine = slice(s.place.player, None, len(s.place.players)) if s.collector else slice(0, 0)
         drawn = self._draw(count, first=number == 0)
         groups: list[Group] | None = []
         rewards_PG: Reals | None = None
@@ -194,21 +204,23 @@ class Rollouts:
         return done
 
     def _draw(self, count: int, *, first: bool) -> list[tuple[Prompt, int]]:
-        """This replica's new prompts, and how often each was drawn before in the round. The
-        replicas take turns."""
+        """This player's new prompts, and how often each was drawn before in the round. The players
+        take turns."""
         place, share = self._s.place, self._s.config.rollout.oversample if first else 0.0
-        needs = [len(range(count)[r :: place.data_size]) for r in range(place.data_size)]
+        players = len(place.players)
+        needs = [len(range(count)[k::players]) for k in range(players)]
         wanted = [need + math.ceil(need * share) for need in needs]
         if first:
-            held_N = np.zeros(place.data_size)
-            held_N[place.data_rank] = len(self._carried) if place.is_lead else 0
+            held_N = np.zeros(players)
+            if place.is_player:
+                held_N[place.player] = len(self._carried)
             held = place.sum(held_N).astype(int).tolist()
             wanted = [max(0, want - have) for want, have in zip(wanted, held, strict=True)]
-        takers = [r for turn in range(max(wanted)) for r, want in enumerate(wanted) if turn < want]
+        takers = [k for turn in range(max(wanted)) for k, want in enumerate(wanted) if turn < want]
         prompts = self._stream.next(len(takers))
         before = occurrences([prompt.id for prompt in prompts])
         drawn = zip(takers, prompts, before, strict=True)
-        return [(prompt, n) for taker, prompt, n in drawn if taker == place.data_rank]
+        return [(p, n) for taker, p, n in drawn if place.players[taker] == place.rank]
 
 
 def _complete(pool: Sequence[Group], rows: Mapping[str, Row], need: int) -> bool:
@@ -223,15 +235,19 @@ def _complete(pool: Sequence[Group], rows: Mapping[str, Row], need: int) -> bool
 
 
 def _restored(s: Session, rows: Sequence[Row]) -> list[Group]:
-    """The groups of a checkpoint that fall to this replica, as far as their prompts are still
-    there: its own, or, with another number of replicas, every n-th."""
+    """The groups of a checkpoint that fall to this player, as far as their prompts are still
+    there: its own, or, with another number of players, every n-th."""
     assert s.collector is not None
-    place, siblings = s.place, s.config.rollout.samples_per_prompt
+    me, players, siblings = (
+        s.place.player,
+        len(s.place.players),
+        s.config.rollout.samples_per_prompt,
+    )
     prompts = {prompt.id: prompt for prompt in s.inputs.train}
-    as_before = all(row["replica"][1] == place.data_size for row in rows)
-    own = [row for row in rows if row["replica"][0] == place.data_rank] if as_before else rows
+    as_before = all(row["player"][1] == players for row in rows)
+    own = [row for row in rows if row["player"][0] == me] if as_before else rows
     names = dict.fromkeys((r["seed"], r["prompt"], r["sibling"] // siblings) for r in own)
-    mine = list(names) if as_before else list(names)[place.data_rank :: place.data_size]
+    mine = list(names) if as_before else list(names)[me::players]
     groups = [
         s.collector.open(prompts[name], siblings, seed, siblings * number)
         for seed, name, number in mine
@@ -242,11 +258,11 @@ def _restored(s: Session, rows: Sequence[Row]) -> list[Group]:
 
 
 def _rollout(s: Session, rounds: Sequence[_Round], step: int, carried: int) -> Rollout:
-    """Advantages over the trained groups of all rounds; samples of those of this replica."""
+    """Advantages over the trained groups of all rounds; the samples of this replica's."""
     config = s.config
     trained = [trained_groups(r.rewards_PG, config.credit) for r in rounds]
     batch_PG = np.concatenate([r.rewards_PG[t] for r, t in zip(rounds, trained, strict=True)])
-    view, samples = RolloutView(step), None
+    view, samples = RolloutView(step), list[Sample]()
     if s.collector is not None:
         trained_P = np.concatenate([t[r.mine] for r, t in zip(rounds, trained, strict=True)])
         view = _view(rounds, trained_P, batch_PG, config, step)
@@ -258,11 +274,10 @@ def _rollout(s: Session, rounds: Sequence[_Round], step: int, carried: int) -> R
             config.tokenizer.dialect,
             s.inputs.tokenizer.token_bytes,
         )
-    shared = share_samples(s.place, samples)
-    assert shared is not None, "a lead that has played its rounds has samples"
+    whole, mine = share_samples(s.place, samples)
     counts = _counts(rounds, len(batch_PG), config.credit.advantage)
-    counts["groups/carried"] = s.place.sum_one(carried if s.place.is_lead else 0)
-    return Rollout(shared, view, counts)
+    counts["groups/carried"] = s.place.sum_one(carried)
+    return Rollout(whole, mine, view, counts)
 
 
 def _view(
@@ -270,7 +285,7 @@ def _view(
 ) -> RolloutView:
     rewards_PG = np.concatenate([r.rewards_PG[r.mine] for r in rounds])
     shape = rewards_PG.shape[1:]
-    # A lead without a share in a round has parts of shape [0, 0].
+    # A player without a share in a round has parts of shape [0, 0].
     parts = {
         name: np.concatenate([r.parts[name].reshape(-1, *shape) for r in rounds])
         for name in rounds[0].parts

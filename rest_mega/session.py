@@ -66,7 +66,7 @@ class Inputs:
 
 @dataclass
 class Session:
-    """One rank's parts of a run. Engine and collector exist on leads only; the methods are called
+    """One rank's parts of a run. Engine and collector exist on players only; the methods are called
     by all ranks together."""
 
     config: RunConfig
@@ -80,7 +80,7 @@ class Session:
     engine: Engine | None
     collector: Collector | None
     bank: Bank | None
-    """Of leads, where rollouts are trained on."""
+    """Of players, where rollouts are trained on."""
     stop: Stop
     watchdog: Watchdog
     directory: RunDirectory | None
@@ -88,7 +88,7 @@ class Session:
     resumed: Mapping[str, Any] = field(default_factory=dict)
     """The run state of the checkpoint this run resumed from; empty for a new run."""
     carried: Sequence[Row] = ()
-    """The episodes that it had not finished; of all replicas, on leads."""
+    """The episodes that it had not finished; of all players, on players."""
 
     def __post_init__(self) -> None:
         self._published = -1
@@ -219,7 +219,7 @@ class Session:
     def save(self, step: int, episodes: Callable[[], Sequence[Row]] = tuple, **state: Any) -> None:
         """Begin the checkpoint of `step` with the loop's own `state`, unless it is there already.
 
-        `episodes()`: those that this lead has begun and not finished.
+        `episodes()`: those that this player has begun and not finished.
         """
         if self._saved == (step, self._evaluated):
             return

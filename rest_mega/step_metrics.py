@@ -99,7 +99,7 @@ def _columns(
 
 
 def rollout_metrics(view: RolloutView) -> dict[str, tuple[float, float]]:
-    """Rewards, success, stops and lengths of this lead's trajectories."""
+    """Rewards, success, stops and lengths of this player's trajectories."""
     flat = [t for group in view.groups for t in group]
     if not flat:
         return {}

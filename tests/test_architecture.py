@@ -50,7 +50,7 @@ UNPICKLER = "trainer/checkpoint_pickles.py"
 PURE = ("data", "dialects", "environments", "rewards", "credit", "losses", "kernels")
 NARROW = {
     "sync": {"rollout.engine"},
-    "planning": {"trainer.model", "sync.names"},
+    "planning": {"trainer.model", "trainer.parallel", "sync.names"},
     "diagnosis": {"trainer.parallel", "trainer.device", "rollout.sglang_client"},
     "evaluation": {"trainer.parallel", "rollout.collect", "rollout.engine"},
 }

@@ -24,7 +24,7 @@ UNLIKE = Finding(
 FREE_SHARE = 0.9
 """Of a GPU's memory, below which others are taken to use it."""
 OPEN_FILES = 4096
-"""Soft limit below which a warning is given: a lead holds a connection per episode in flight, and
+"""Soft limit below which a warning is given: a player holds a connection per episode in flight, and
 a checkpoint many files."""
 SHARED_MEMORY = 2**30
 """Bytes of /dev/shm below which a warning is given: NCCL and SGLang put their queues there."""

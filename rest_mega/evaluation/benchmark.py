@@ -42,13 +42,13 @@ def evaluate_benchmark(
     """Play what is not done yet, and write the folder's report; metrics eval/<suite>/<row>, equal
     on all ranks, empty when a stop was asked for.
 
-    Every lead plays its share with its `collector`; other ranks pass none. `show`: a progress bar
+    Every player plays its share with its `collector`; other ranks pass none. `show`: a progress bar
     on the head.
     """
     stopped = False
     if collector is not None:
-        results = Results(folder, settings, place.data_rank)
-        mine = benchmark.pairs[place.data_rank :: place.data_size]
+        results = Results(folder, settings, place.player)
+        mine = benchmark.pairs[place.player :: len(place.players)]
         done = sum((task.prompt.id, n) in results.done for task, n in mine)
         with progress(benchmark, len(mine), done, show and place.is_head) as tick:
             sampling, together = sampling_of(config), _together(rollout)

@@ -23,12 +23,12 @@ def evaluate(
     """Success, reward and entropy (mean of -log p of the sampled tokens, nats) per mode of
     sampling.
 
-    Every lead plays its share of the prompts; other ranks pass no collector. The draws depend on
+    Every player plays its share of the prompts; other ranks pass no collector. The draws depend on
     the prompt alone, so that two evaluations differ by the policy only. Empty when a stop was asked
     for. Collective.
     """
     metrics: dict[str, float] = {}
-    mine = prompts[place.data_rank :: place.data_size]
+    mine = prompts[place.player :: len(place.players)] if collector is not None else []
     for name, sampling in modes.items():
         sums = _play(name, collector, rubric, mine, sampling, seed)
         if place.sum_one(sums is None) > 0:

@@ -90,7 +90,7 @@ def _sampling(made: Plan) -> list[str]:
     kind = {
         "colocated": "on the trainer's GPUs",
         "apart": "on GPUs of its own",
-        "embedded": "in the lead's process",
+        "embedded": "in the trainer's processes",
     }[e.placement]
     size = f"{e.servers} x {e.gpus} GPU{'s' * (e.gpus > 1)}"
     return [

@@ -7,11 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rest_mega.config import SERVER_SIZES, ParallelConfig, RunConfig, require
+from rest_mega.config import SERVER_SIZES, RunConfig, require
 from rest_mega.planning.gpus import BANDWIDTH_SHARE, MATMUL_SHARE, MEMORY_SHARE, Gpu
 from rest_mega.planning.memory import WIDTH, StageMemory, stages_memory
 from rest_mega.planning.parameters import active_parameters, model_parameters
 from rest_mega.trainer.model import Architecture
+from rest_mega.trainer.parallel import find_players
 
 STATIC_SHARE = 0.85
 """mem_fraction_static where the config has none. An assumption: SGLang derives its own from the
@@ -28,13 +29,13 @@ class Engine:
     """The engine of a run; bytes are those on one of its GPUs."""
 
     placement: str
-    """colocated (on the trainer's GPUs), apart, embedded (in the leads' processes) or none."""
+    """colocated (on the trainer's GPUs), apart, embedded (in the players' processes) or none."""
     servers: int
     """Of all replicas."""
     gpus: int
     """Of each."""
-    stages: int
-    """The first so many pipeline stages have an engine on their GPUs."""
+    stages: frozenset[int]
+    """The pipeline stages that have an engine on their GPUs."""
     free: float
     """What the trainer and the GPU leave it."""
     share: float
@@ -103,14 +104,14 @@ def engine(
     trainer holds parameters, gradients and optimizer already.
     """
     rollout, sglang = config.rollout, config.rollout.sglang
-    sizes, replicas = config.parallel, config.parallel.data_parallel(world)
+    replicas = config.parallel.data_parallel(world)
     room = gpu.memory * MEMORY_SHARE
     if rollout.engine == "replay":
         return Engine(
             placement="none",
             servers=0,
             gpus=0,
-            stages=0,
+            stages=frozenset(),
             free=room,
             share=1.0,
             weights=0.0,
@@ -121,13 +122,15 @@ def engine(
         )
     width = WIDTH[config.model.dtype]
     whole = float(model_parameters(a) * width)
+    played = played_stages(config, world, gpu.per_node)
     if rollout.engine == "embedded":
+        hosts = frozenset(here[0] for here in played)
         return Engine(
             placement="embedded",
-            servers=replicas,
+            servers=replicas * len(played),
             gpus=1,
-            stages=1,
-            free=room - stages[0].state,
+            stages=hosts,
+            free=room - max(stages[stage].state for stage in hosts),
             share=1.0,
             weights=whole,
             token=cache_bytes(a, 1, 1, width),
@@ -139,21 +142,21 @@ def engine(
     given = sglang.arguments
     parts = [int(str(given.get(name, 1))) for name in SERVER_SIZES]
     token = cache_bytes(a, parts[0] * parts[1], parts[2] * parts[3], _cache_width(config))
-    hosts = 0
+    hosts = frozenset()
     if sglang.colocate:
-        need, here = sglang.servers * gpus, replica_here(sizes, world, gpu.per_node)
+        need = sglang.servers * gpus
         require(
-            need <= here,
+            need <= len(played[0]),
             f"rollout.sglang.colocate=true with servers={sglang.servers} of {gpus} GPUs needs "
-            f"{need}, but a replica has {here} on its lead's machine: lower servers or tp_size",
+            f"{need}, but a replica has {len(played[0])} on a machine: lower servers or tp_size",
         )
-        hosts = -(-need // (sizes.tensor * sizes.context))
+        hosts = frozenset(stage for here in played for stage in here[:need])
     return Engine(
         placement="colocated" if sglang.colocate else "apart",
-        servers=len(sglang.urls) or replicas * sglang.servers,
+        servers=len(sglang.urls) or replicas * len(played) * sglang.servers,
         gpus=gpus,
         stages=hosts,
-        free=room - max((stage.state for stage in stages[:hosts]), default=0),
+        free=room - max((stages[stage].state for stage in hosts), default=0),
         share=float(str(given.get("mem_fraction_static", STATIC_SHARE))),
         weights=whole / gpus,
         token=token,
@@ -175,20 +178,34 @@ def _cache_width(config: RunConfig) -> int:
     return 1 if kind.startswith("fp8") else WIDTH[config.model.dtype]
 
 
-def replica_here(sizes: ParallelConfig, world: int, per_node: int) -> int:
-    """GPUs of a replica on its lead's machine. Megatron's rank order: TP x CP next to each other,
-    pipeline stages world / PP ranks apart."""
+def played_stages(config: RunConfig, world: int, per_node: int) -> list[list[int]]:
+    """For each player of a replica, the pipeline stages of the replica's ranks on its machine.
+    Megatron's rank order: TP x CP next to each other, pipeline stages world / PP ranks apart."""
+    sizes, rollout = config.parallel, config.rollout
     block, apart = sizes.tensor * sizes.context, world // sizes.pipeline
-    return sum(min(block, max(0, per_node - stage * apart)) for stage in range(sizes.pipeline))
+    if rollout.starts_engines and not rollout.sglang.colocate:
+        per_node -= len(rollout.sglang.gpus)
+    replicas = [  # further ones are cut by machines as one of these
+        [stage * apart + r * block + n for stage in range(sizes.pipeline) for n in range(block)]
+        for r in range(max(1, min(apart // block, per_node)))
+    ]
+    machines = {rank: str(rank // per_node) for ranks in replicas for rank in ranks}
+    players = find_players(replicas, machines)[:: len(replicas)]
+    if not rollout.starts_engines:
+        players = players[:1]
+    return [
+        [rank // apart for rank in replicas[0] if machines[rank] == machines[player]]
+        for player in players
+    ]
 
 
 def with_servers(config: RunConfig, a: Architecture, gpu: Gpu, world: int) -> RunConfig:
-    """`config` with the servers that sample fastest on a replica's GPUs on its lead's machine,
-    as wide as or wider than its own where there is room; as it is where the engine is apart."""
+    """`config` with the servers that sample fastest on a replica's GPUs of a machine, as wide as
+    or wider than its own where there is room; as it is where the engine is apart."""
     sglang = config.rollout.sglang
     if config.rollout.engine != "sglang" or not sglang.colocate:
         return config
-    here = replica_here(config.parallel, world, gpu.per_node)
+    here = len(played_stages(config, world, gpu.per_node)[0])
     widths = [n for n in range(1, here + 1) if a.heads % n == 0 and here % n == 0]
     wide = [n for n in widths if n >= sglang.gpus_per_server] or widths[-1:]
     stages = stages_memory(a, config, world, 1)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from rest_mega.config import ParallelConfig, RunConfig, require
-from rest_mega.planning.engine import Engine, engine, rollout_seconds
+from rest_mega.planning.engine import Engine, engine, played_stages, rollout_seconds
 from rest_mega.planning.gpus import BANDWIDTH_SHARE, GPUS, MATMUL_SHARE, MEMORY_SHARE, Gpu
 from rest_mega.planning.memory import WIDTH, StageMemory, stages_memory
 from rest_mega.planning.parameters import (
@@ -78,7 +78,9 @@ class Plan:
     @property
     def phases(self) -> tuple[Phase, ...]:
         """Training, and the rollout where there is an engine; the tightest first."""
-        held = [m.total + self.engine.resting * (m.stage < self.engine.stages) for m in self.stages]
+        held = [
+            m.total + self.engine.resting * (m.stage in self.engine.stages) for m in self.stages
+        ]
         remedy = "raise parallel.tensor or parallel.pipeline, or set model.recompute=full"
         phases = [Phase("training", max(held), self.room, remedy)]
         if self.engine.placement != "none":
@@ -130,6 +132,7 @@ def plan(
     scored = batch.optimizer_steps * (batch.microbatches * max(f for f, _ in stages) + around / 3)
     memory = stages_memory(architecture, config, world, batch.microbatches)
     sampling = engine(architecture, config, gpu, world, memory)
+    players = len(played_stages(config, world, gpu.per_node))
     seconds = {
         "rollout": rollout_seconds(architecture, config, gpu, sampling),
         "score": scored if config.loss.scoring else 0.0,
@@ -147,7 +150,7 @@ def plan(
         traffic,
         seconds,
         batch.tokens * flops_per_token(architecture, config.rollout.max_tokens),
-        storage(architecture, config, batch.replicas),
+        storage(architecture, config, batch.replicas * players),
         sampling,
     )
 

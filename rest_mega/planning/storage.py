@@ -31,8 +31,8 @@ class Storage:
         return self.checkpoints * self.checkpoint + (self.exports + self.copies) * self.export
 
 
-def storage(a: Architecture, config: RunConfig, replicas: int) -> Storage:
-    """What a run of `config` with so many `replicas` writes."""
+def storage(a: Architecture, config: RunConfig, players: int) -> Storage:
+    """What a run of `config` with so many `players` writes."""
     run, engine = config.run, config.rollout.sglang
     exports = int(run.export)
     if run.export_every:
@@ -40,7 +40,7 @@ def storage(a: Architecture, config: RunConfig, replicas: int) -> Storage:
     if config.evaluation.best:
         exports += 2  # the one before stays until the better one is whole
     kept = engine.keep_copy or engine.transport == "disk"
-    copies = 2 * replicas * (config.rollout.engine == "sglang" and kept)  # old and new, as above
+    copies = 2 * players * (config.rollout.engine == "sglang" and kept)  # old and new, as above
     return Storage(
         checkpoint_bytes(a, config.parallel, config.model, config.optimizer),
         run.keep_checkpoints + 1,

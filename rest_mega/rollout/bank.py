@@ -1,6 +1,6 @@
 """The bank: episodes of the steps that no checkpoint covers yet, so that a crash repeats none.
 
-    RUN/bank/step_NNNNNNNN.R.jsonl    what replica R's lead has played for the step
+    RUN/bank/step_NNNNNNNN.R.jsonl    what player R has played for the step
 
 The first line of a file says what run it belongs to, every other one is an episode
 (episode.row_of): a finished one as soon as it is over, and, once the step has enough, those that
@@ -81,17 +81,17 @@ class Shelf:
 
 
 class Bank:
-    """The files of one lead's run."""
+    """The files of one player's run."""
 
-    def __init__(self, folder: Path, stamp: str, replica: int) -> None:
-        """`stamp`: of this run; `replica`: whose file is written."""
-        self._folder, self._stamp, self._replica = folder, stamp, replica
+    def __init__(self, folder: Path, stamp: str, player: int) -> None:
+        """`stamp`: of this run; `player`: whose file is written."""
+        self._folder, self._stamp, self._player = folder, stamp, player
 
     def shelf(self, step: int) -> Shelf:
-        """The step's episodes that any replica has kept, and room for more."""
+        """The step's episodes that any player has kept, and room for more."""
         self._folder.mkdir(parents=True, exist_ok=True)
         rows = _rows(self._folder, step, self._stamp)
-        mine = self._folder / _name(step, self._replica)
+        mine = self._folder / _name(step, self._player)
         whole = mine.exists() and _mend(mine, self._stamp)
         handle = mine.open("a" if whole else "w")
         if not whole:
@@ -109,7 +109,7 @@ class Bank:
         self._remove(lambda kept: kept == step)
 
     def _remove(self, of: Callable[[int], bool]) -> None:
-        """The files of the steps that `of` picks; another lead may be doing the same."""
+        """The files of the steps that `of` picks; another player may be doing the same."""
         for file, kept in _files(self._folder).items():
             if of(kept):
                 file.unlink(missing_ok=True)
@@ -155,16 +155,16 @@ def as_lines(rows: Iterable[Row]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def write_rows(folder: Path, step: int, replica: int, rows: Iterable[Row]) -> None:
+def write_rows(folder: Path, step: int, player: int, rows: Iterable[Row]) -> None:
     """A file of the bank by itself, for a dump."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _name(step, replica)).open("w") as file:
+    with (folder / _name(step, player)).open("w") as file:
         file.write(json.dumps({"stamp": ""}) + "\n")
         file.write(as_lines(rows))
 
 
 def _rows(folder: Path, step: int, stamp: str | None) -> dict[str, Row]:
-    """What any replica has kept for the step: key of an episode -> its last row."""
+    """What any player has kept for the step: key of an episode -> its last row."""
     rows: dict[str, Row] = {}
     for file, kept in _files(folder).items():
         if kept == step:
@@ -201,8 +201,8 @@ def _mend(file: Path, stamp: str) -> bool:
     return end > 0 and json.loads(raw[: raw.index(b"\n")]).get("stamp") == stamp
 
 
-def _name(step: int, replica: int) -> str:
-    return f"step_{step:08d}.{replica}.jsonl"
+def _name(step: int, player: int) -> str:
+    return f"step_{step:08d}.{player}.jsonl"
 
 
 def _files(folder: Path) -> dict[Path, int]:

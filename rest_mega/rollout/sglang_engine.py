@@ -1,4 +1,4 @@
-"""The SGLang engine: starts or attaches to the servers of one lead, plays episodes on them and
+"""The SGLang engine: starts or attaches to the servers of one player, plays episodes on them and
 loads new weights into them, from one event loop in a thread of its own."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The servers of one lead, and how a lost one comes back.
+"""The servers of one player, and how a lost one comes back.
 
 Everything here runs on one event loop. A worker is *open* while requests may be sent to it. One
 that loses a connection is closed, examined, and either opened again or started anew and given the
@@ -23,7 +23,7 @@ from rest_mega.rollout.sglang_worker import Worker, choose
 
 
 class Fleet:
-    """All workers of one lead."""
+    """All workers of one player."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Which GPUs of this machine each server of a lead gets: GPUs of its own, or its replica's.
+"""Which GPUs of this machine each server of a player gets: GPUs of its own, or its replica's.
 
 GPUs are numbered as the run sees them: rank r of the machine trains on GPU r.
 """
@@ -17,18 +17,20 @@ VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class Machine:
-    """What a lead must know of its machine; built by all ranks from all ranks' rows."""
+    """What a player must know of its machine; built by all ranks from all ranks' rows."""
 
     visible: int
     """GPUs that the run sees here."""
     training: Gpus
     """Those that ranks of the run train on."""
     replica: Gpus
-    """Those of them that belong to the lead's replica, in rank order."""
-    leads: int
-    """Leads on this machine."""
+    """Those of them that belong to the player's replica, in rank order."""
+    players: int
+    """Players on this machine."""
     index: int
-    """Which of them this lead is."""
+    """Which of them this one is; -1 for a rank that is none."""
+    idle: int = 0
+    """Machines of the run that have no player."""
 
     @classmethod
     def of(cls, rows: Sequence[str], rank: int, visible: int) -> Machine:
@@ -36,24 +38,26 @@ class Machine:
         ranks = [json.loads(row) for row in rows]
         me = ranks[rank]
         here = [r for r in ranks if r["machine"] == me["machine"]]
-        leads = [r for r in here if r["lead"]]
+        players = [r for r in here if r["plays"]]
+        sampling = {r["machine"] for r in ranks if r["plays"]}
         return cls(
             visible,
             tuple(r["gpu"] for r in here),
             tuple(r["gpu"] for r in here if r["replica"] == me["replica"]),
-            len(leads),
-            leads.index(me) if me["lead"] else -1,
+            len(players),
+            players.index(me) if me["plays"] else -1,
+            len({r["machine"] for r in ranks} - sampling),
         )
 
 
-def row(machine: str, gpu: int, lead: bool, replica: int) -> str:
+def row(machine: str, gpu: int, plays: bool, replica: int) -> str:
     """One rank, as text that ranks can gather."""
-    return json.dumps({"machine": machine, "gpu": gpu, "lead": lead, "replica": replica})
+    return json.dumps({"machine": machine, "gpu": gpu, "plays": plays, "replica": replica})
 
 
 def place_servers(config: SglangConfig, machine: Machine, device: str) -> list[Gpus]:
-    """The GPUs of each server that a lead starts; empty tuples where that is not ours to say: on a
-    CPU, or where the user has set CUDA_VISIBLE_DEVICES for the servers. ConfigError when the
+    """The GPUs of each server that a player starts; empty tuples where that is not ours to say: on
+    a CPU, or where the user has set CUDA_VISIBLE_DEVICES for the servers. ConfigError when the
     config's GPUs do not fit the machine."""
     if config.urls:
         return []
@@ -82,7 +86,7 @@ def _shared(config: SglangConfig, machine: Machine) -> Gpus:
 
 
 def _split(config: SglangConfig, machine: Machine) -> Gpus:
-    """This lead's share of `gpus`."""
+    """This player's share of `gpus`."""
     gpus, need = config.gpus, config.servers * config.gpus_per_server
     free = [gpu for gpu in range(machine.visible) if gpu not in machine.training]
     require(
@@ -103,9 +107,9 @@ def _split(config: SglangConfig, machine: Machine) -> Gpus:
         "fewer ranks, or share the GPUs with rollout.sglang.colocate=true",
     )
     require(
-        len(gpus) == machine.leads * need,
-        f"rollout.sglang.gpus={list(gpus)} are {len(gpus)} GPUs, but {machine.leads} leads of this "
-        f"machine with servers={config.servers} of {config.gpus_per_server} GPUs need "
-        f"{machine.leads * need}",
+        len(gpus) == machine.players * need,
+        f"rollout.sglang.gpus={list(gpus)} are {len(gpus)} GPUs, but {machine.players} replicas of "
+        f"this machine with servers={config.servers} of {config.gpus_per_server} GPUs each need "
+        f"{machine.players * need}",
     )
     return gpus[machine.index * need : (machine.index + 1) * need]

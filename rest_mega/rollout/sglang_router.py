@@ -1,4 +1,4 @@
-"""sglang-router before the servers of one lead: one door for requests, with routing by prefix.
+"""sglang-router before the servers of one player: one door for requests, with routing by prefix.
 
 It passes on /generate alone. Whatever controls a server goes to the server itself, and the router
 is told which servers may be asked: one that is lost is taken out before it is started anew, and put

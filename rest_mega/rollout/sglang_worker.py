@@ -1,4 +1,4 @@
-"""One server as a lead sees it, and which of them is asked next."""
+"""One server as a player sees it, and which of them is asked next."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""This rank's shards -> a stream of whole Hugging Face tensors on the replicas' leads.
+"""This rank's shards -> a stream of whole Hugging Face tensors on the replicas' players.
 
 All ranks call `stream` together and exhaust it. Parameters travel one at a time, as bytes, from the
-ranks that hold their pieces to the lead, which puts them back; at no time does the lead hold more
-than one parameter's tensors that it has not handed over. All ranks go through the transfers in one
+ranks that hold their pieces to a player, which puts them back; at no time does it hold more than
+one parameter's tensors that it has not handed over. All ranks go through the transfers in one
 order, so that none waits for another in a circle. Only experts that no rank of a replica holds
 (spread over data-parallel ranks) come from outside it.
 """
@@ -35,10 +35,10 @@ NOT_SIDE_FILES = ("conversion.json", "manifest.json", "metadata.json", "run_stat
 
 @dataclass(frozen=True)
 class Transfer:
-    """One parameter's way to one lead."""
+    """One parameter's way to one player."""
 
     name: str
-    lead: int
+    player: int
     sources: tuple[int, ...]
     """Global ranks that hold its pieces, in the order of the cut."""
     shapes: tuple[list[int], ...]
@@ -60,37 +60,37 @@ class Exporter:
             "tensor": parallel.tensor_rank,
             "context": parallel.context_rank,
             "replica": parallel.data_rank,
-            "lead": parallel.lead,
+            "plays": parallel.is_player,
             "shapes": {name: list(p.shape) for name, p in self._mine.items()},
         }
         self._places = [json.loads(text) for text in parallel.gather_text(json.dumps(place))]
         me = parallel.rank
-        self._transfers = [t for t in self._all_transfers() if me == t.lead or me in t.sources]
+        self._transfers = [t for t in self._all_transfers() if me == t.player or me in t.sources]
         self._dtype = next(iter(self._mine.values())).dtype
 
     @torch.no_grad()
     def stream(self, *, head_only: bool = False) -> Iterator[NamedTensor]:
-        """(Hugging Face name, whole CPU tensor) on every lead (`head_only`: on the run's head),
+        """(Hugging Face name, whole CPU tensor) on every player (`head_only`: on the run's head),
         nothing elsewhere; collective over all ranks."""
         for transfer in self._transfers:
-            if head_only and transfer.lead != self._places[0]["lead"]:
+            if head_only and transfer.player != 0:
                 continue
             shards = [
-                self._move(transfer.name, source, transfer.lead, shape)
+                self._move(transfer.name, source, transfer.player, shape)
                 for source, shape in zip(transfer.sources, transfer.shapes, strict=True)
             ]
-            if self._parallel.rank == transfer.lead:
+            if self._parallel.rank == transfer.player:
                 yield from self._assemble(transfer.name, shards)
 
     def _all_transfers(self) -> Iterator[Transfer]:
-        """Every parameter to every lead, stage by stage; the same on all ranks."""
-        leads = sorted({(place["replica"], place["lead"]) for place in self._places})
+        """Every parameter to every player, stage by stage; the same on all ranks."""
+        players = sorted((p["replica"], rank) for rank, p in enumerate(self._places) if p["plays"])
         for stage in range(self._parallel.config.pipeline):
             for name, holders in self._holders(stage).items():
-                for replica, lead in leads:
+                for replica, player in players:
                     sources = tuple(self._sources(name, holders, replica))
                     shapes = tuple(self._places[rank]["shapes"][name] for rank in sources)
-                    yield Transfer(name, lead, sources, shapes)
+                    yield Transfer(name, player, sources, shapes)
 
     def _holders(self, stage: int) -> dict[str, list[int]]:
         """Per parameter of a stage, the global ranks that hold it or a piece of it."""
@@ -102,7 +102,7 @@ class Exporter:
         return holders
 
     def _sources(self, name: str, holders: list[int], replica: int) -> list[int]:
-        """The ranks from which a replica's lead gets a parameter: its own replica's where it can
+        """The ranks from which a replica's player gets a parameter: its own replica's where it can
         be."""
         places = self._places
         mine = [rank for rank in holders if places[rank]["replica"] == replica]
@@ -111,16 +111,16 @@ class Exporter:
         cut = [rank for rank in mine if places[rank]["context"] == 0]
         return sorted(cut, key=lambda rank: int(places[rank]["tensor"]))
 
-    def _move(self, name: str, source: int, lead: int, shape: list[int]) -> torch.Tensor:
-        """One shard from `source` to `lead`; what other ranks get back is empty and not used."""
+    def _move(self, name: str, source: int, player: int, shape: list[int]) -> torch.Tensor:
+        """One shard from `source` to `player`; what other ranks get back is empty and not used."""
         me, group = self._parallel.rank, self._parallel.control
         if me == source:
             mine = self._mine[name].detach().contiguous().cpu()
-            if me != lead:
-                dist.send(mine.view(-1).view(torch.uint8), lead, group=group)
+            if me != player:
+                dist.send(mine.view(-1).view(torch.uint8), player, group=group)
             return mine
-        shard = torch.empty(shape if me == lead else [0], dtype=self._dtype)
-        if me == lead:
+        shard = torch.empty(shape if me == player else [0], dtype=self._dtype)
+        if me == player:
             dist.recv(shard.view(-1).view(torch.uint8), source, group=group)
         return shard
 

@@ -8,16 +8,16 @@ from rest_mega.sync.export import Exporter
 
 
 def publish(exporter: Exporter, engine: Engine | None, version: int) -> None:
-    """Load the current parameters into the lead's engine under `version`; collective over all
+    """Load the current parameters into a player's engine under `version`; collective over all
     ranks.
 
-    `engine` is None on ranks that are not leads. RuntimeError when the engine did not take every
+    `engine` is None on ranks that are no players. RuntimeError when the engine did not take every
     tensor.
     """
     tensors = exporter.stream()
     if engine is None:
         for _ in tensors:
-            raise AssertionError("only the lead receives tensors")
+            raise AssertionError("only players receive tensors")
         return
     engine.load_parameters(tensors, version)
     left = [name for name, _ in tensors]  # other ranks wait until the stream has been exhausted

@@ -1,4 +1,4 @@
-"""Samples travel from a replica's lead to its other ranks as plain arrays, and rewards to all
+"""Samples travel from a replica's players to all its ranks as plain arrays, and rewards to all
 ranks: nothing is unpickled."""
 
 from __future__ import annotations
@@ -14,31 +14,34 @@ from rest_mega.records import Reals, Sample
 from rest_mega.trainer.parallel import Parallel
 
 
-def share_samples(parallel: Parallel, samples: Sequence[Sample] | None) -> list[Sample] | None:
-    """The lead's samples on every rank of its replica; None from the lead (a stop) arrives as
-    None."""
-    arrays = None
-    if parallel.is_lead:
-        arrays = {"stop": np.array([samples is None])} | (_flatten(samples) if samples else {})
-    shared = parallel.share(arrays)
-    if shared["stop"][0]:
-        return None
-    return _restore(shared) if "ids" in shared else []
+def share_samples(parallel: Parallel, samples: Sequence[Sample]) -> tuple[list[Sample], slice]:
+    """(the samples of a replica, player after player, on all its ranks; which of them this rank
+    gave). A player gives its own, their groups numbered from 0; others' are not looked at."""
+    whole: list[Sample] = []
+    mine, groups = slice(0, 0), 0
+    for source in parallel.players[parallel.data_rank :: parallel.data_size]:
+        shared = parallel.share(_flatten(samples) if parallel.rank == source else None, source)
+        found = _restore(shared, groups)
+        if parallel.rank == source:
+            mine = slice(len(whole), len(whole) + len(found))
+        groups = max((sample.group + 1 for sample in found), default=groups)
+        whole += found
+    return whole, mine
 
 
 def share_rewards(
     parallel: Parallel, rewards_PG: Reals | None, prompts: int, siblings: int, stop: bool
 ) -> npt.NDArray[np.float64] | None:
     """The rewards of all replicas' groups on every rank, in the order of the prompts, of which
-    replica r of n has played [r::n]; None on every rank when one asked to `stop` or a lead passes
-    None. Ranks that are no leads pass None.
+    player k of n has played [k::n]; None on every rank when one asked to `stop` or a player passes
+    None. Ranks that are no players pass None.
 
-    Every place has one lead that fills it, so the sum is exact and the same at any layout.
+    Every place has one player that fills it, so the sum is exact and the same at any layout.
     """
-    stop = stop or (parallel.is_lead and rewards_PG is None)
+    stop = stop or (parallel.is_player and rewards_PG is None)
     whole_PG = np.zeros((prompts, siblings))
-    if parallel.is_lead and rewards_PG is not None and len(rewards_PG):
-        whole_PG[parallel.data_rank :: parallel.data_size] = rewards_PG
+    if parallel.is_player and rewards_PG is not None and len(rewards_PG):
+        whole_PG[parallel.player :: len(parallel.players)] = rewards_PG
     summed = parallel.sum(np.concatenate([[float(stop)], whole_PG.ravel()]))
     return None if summed[0] > 0 else summed[1:].reshape(prompts, siblings)
 
@@ -52,6 +55,8 @@ def gather_rewards(parallel: Parallel, rewards_PG: Reals) -> npt.NDArray[np.floa
 
 
 def _flatten(samples: Sequence[Sample]) -> dict[str, np.ndarray[Any, Any]]:
+    if not samples:
+        return {}
     return {
         "lengths": np.array([len(s.ids_T) for s in samples], dtype=np.int64),
         "ids": np.concatenate([s.ids_T for s in samples]),
@@ -65,10 +70,14 @@ def _flatten(samples: Sequence[Sample]) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def _restore(arrays: dict[str, np.ndarray[Any, Any]]) -> list[Sample]:
+def _restore(arrays: dict[str, np.ndarray[Any, Any]], groups: int) -> list[Sample]:
+    """The samples, their groups numbered from `groups`."""
+    if not arrays:
+        return []
     cuts = np.cumsum(arrays["lengths"])[:-1]
     tokens = (
         np.split(arrays[name], cuts) for name in ("ids", "mask", "regions", "logprobs", "versions")
     )
-    numbers = (arrays[name].tolist() for name in ("advantages", "rewards", "groups"))
-    return [Sample(*column) for column in zip(*tokens, *numbers, strict=True)]
+    numbers = (arrays[name].tolist() for name in ("advantages", "rewards"))
+    groups_S = (groups + arrays["groups"]).tolist()
+    return [Sample(*column) for column in zip(*tokens, *numbers, groups_S, strict=True)]

@@ -41,6 +41,7 @@ def rank_of(config: ParallelConfig, rank: int, world: int) -> Iterator[Parallel]
                 replica=everyone,
                 control=everyone,
                 replica_ranks=(rank,),
+                players=(rank,),
                 tensor_rank=groups.tp.rank(),
                 pipeline_rank=groups.pp.rank(),
                 context_rank=groups.cp.rank(),

@@ -1,8 +1,9 @@
 """ParallelConfig and torchrun's variables -> Parallel: groups, ranks, is_lead. Sole reader of
 mcore's parallel_state.
 
-A *replica* is one TP x CP x PP block that holds one copy of the model. Its *lead*, the first of its
-ranks, is the one that talks to the rollout engine and to the tools. Groups made here:
+A *replica* is one TP x CP x PP block that holds one copy of the model. Its *players*, the first of
+its ranks on each machine, talk to the rollout engines and to the tools there; its *lead*, the first
+of all, is one of them and speaks for it. Groups made here:
 
 - mcore's own groups (TP, PP, DP, ...) carry tensors of the training step: gloo on a CPU, NCCL on
   GPUs;
@@ -18,7 +19,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -53,6 +54,8 @@ class Parallel:
     replica: dist.ProcessGroup
     control: dist.ProcessGroup
     replica_ranks: tuple[int, ...]
+    players: tuple[int, ...]
+    """Global ranks of all players; those of replica r of n stand at r, r + n, r + 2 n, ..."""
     tensor_rank: int
     pipeline_rank: int
     context_rank: int
@@ -71,8 +74,18 @@ class Parallel:
 
     @property
     def is_lead(self) -> bool:
-        """True on the rank that talks to the engine for this replica."""
+        """True on the rank that speaks for this replica."""
         return self.rank == self.lead
+
+    @property
+    def is_player(self) -> bool:
+        """True on a rank that talks to an engine."""
+        return self.rank in self.players
+
+    @property
+    def player(self) -> int:
+        """Which of the players this rank is; ValueError on ranks that are none."""
+        return self.players.index(self.rank)
 
     @property
     def is_head(self) -> bool:
@@ -119,36 +132,23 @@ class Parallel:
             dist.all_reduce(tensor, op=op, group=group or self.control)
         return tensor.numpy()
 
-    def share(self, arrays: Arrays | None) -> dict[str, npt.NDArray[Any]]:
-        """The lead's arrays on every rank of its replica; others pass None. No pickle crosses the
-        wire."""
-        data = (
-            _pack(arrays)
-            if self.is_lead and arrays is not None
-            else torch.empty(0, dtype=torch.uint8)
-        )
+    def share(self, arrays: Arrays | None, source: int) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of `source`, a rank of this replica, on every rank of it; others pass None. No
+        pickle crosses the wire."""
+        mine = self.rank == source
+        data = _pack(arrays) if mine and arrays is not None else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([data.numel()], dtype=torch.int64)
         with self._waiting():
-            dist.broadcast(size, self.lead, group=self.replica)
-        if not self.is_lead:
+            dist.broadcast(size, source, group=self.replica)
+        if not mine:
             data = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(data, self.lead, group=self.replica)
+        dist.broadcast(data, source, group=self.replica)
         return _unpack(data)
 
     def gather_text(self, text: str, group: dist.ProcessGroup | None = None) -> list[str]:
         """Every rank's text, in rank order, on every rank of `group` (default: all ranks)."""
-        group = group or self.control
-        size = dist.get_world_size(group)
-        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
         with self._waiting():
-            dist.all_gather(lengths, torch.tensor([data.numel()]), group=group)
-        longest = max(1, *(int(n) for n in lengths))
-        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(size)]
-        dist.all_gather(
-            parts, torch.nn.functional.pad(data, (0, longest - data.numel())), group=group
-        )
-        return [bytes(p[: int(n)].numpy()).decode() for p, n in zip(parts, lengths, strict=True)]
+            return _gather_text(text, group or self.control)
 
     def merge(self, sums: Sums) -> dict[str, float]:
         """Means over all ranks' (total, count) pairs, on every rank; names need not be the same on
@@ -189,6 +189,17 @@ class Parallel:
         return offset if abs(offset) > _CLOCK_NOISE_S else 0.0
 
 
+def _gather_text(text: str, group: dist.ProcessGroup) -> list[str]:
+    size = dist.get_world_size(group)
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([data.numel()]), group=group)
+    longest = max(1, *(int(n) for n in lengths))
+    parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(size)]
+    dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - data.numel())), group=group)
+    return [bytes(p[: int(n)].numpy()).decode() for p, n in zip(parts, lengths, strict=True)]
+
+
 def _pack(arrays: Arrays) -> torch.Tensor:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
@@ -224,9 +235,12 @@ def start(
     device_name: str,
     deadlines: DeadlineConfig | None = None,
     store: distributed_c10d.Store | None = None,
+    *,
+    leads_play: bool = False,
 ) -> Parallel:
     """Join the run: process groups, mcore's parallel state, this rank's device. `store`: what
-    `meet` gave, where the ranks have met already.
+    `meet` gave, where the ranks have met already. `leads_play`: a replica's lead is its one player,
+    however many machines the replica spans.
 
     ConfigError when the world size does not fit the parallel sizes or the device is not there.
     """
@@ -241,7 +255,7 @@ def start(
     if not dist.is_initialized():
         _join(device, deadline, store or meet((deadlines or DeadlineConfig()).join))
     _model_parallel(config, deadline)
-    return _place(config, device, deadline)
+    return _place(config, device, deadline, leads_play)
 
 
 def stop() -> None:
@@ -288,7 +302,27 @@ def _model_parallel(config: ParallelConfig, deadline: datetime.timedelta) -> Non
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
-def _place(config: ParallelConfig, device: torch.device, deadline: datetime.timedelta) -> Parallel:
+def find_players(replicas: Sequence[Sequence[int]], machines: Mapping[int, str]) -> tuple[int, ...]:
+    """The first rank of each replica on each of its machines, in the order of `Parallel.players`.
+
+    `replicas`: their global ranks; `machines`: of every one of these. Only the leads where the
+    replicas are not cut alike, each into equal parts by its machines: their players would sample
+    unequal shares.
+    """
+    cuts = []
+    for ranks in replicas:
+        parts: dict[str, list[int]] = {}
+        for rank in ranks:
+            parts.setdefault(machines[rank], []).append(rank)
+        cuts.append(list(parts.values()))
+    alike = len({len(cut) for cut in cuts}) == len({len(part) for cut in cuts for part in cut}) == 1
+    firsts = [[part[0] for part in (cut if alike else cut[:1])] for cut in cuts]
+    return tuple(rank for column in zip(*firsts, strict=True) for rank in column)
+
+
+def _place(
+    config: ParallelConfig, device: torch.device, deadline: datetime.timedelta, leads_play: bool
+) -> Parallel:
     from megatron.core import parallel_state as state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -302,6 +336,8 @@ def _place(config: ParallelConfig, device: torch.device, deadline: datetime.time
         for r in range(int(everyone.max()) + 1)
     ]
     groups = [dist.new_group(list(ranks), backend="gloo", timeout=deadline) for ranks in replicas]
+    machines = dict(enumerate(_gather_text(launch.machine(), control)))
+    leads = tuple(ranks[0] for ranks in replicas)
     return Parallel(
         config=config,
         device=device,
@@ -311,6 +347,7 @@ def _place(config: ParallelConfig, device: torch.device, deadline: datetime.time
         replica=groups[data_rank],
         control=control,
         replica_ranks=replicas[data_rank],
+        players=leads if leads_play else find_players(replicas, machines),
         tensor_rank=state.get_tensor_model_parallel_rank(),
         pipeline_rank=state.get_pipeline_model_parallel_rank(),
         context_rank=state.get_context_parallel_rank(),

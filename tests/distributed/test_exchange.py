@@ -1,7 +1,8 @@
-"""What a lead shares arrives on its replica's ranks as it was, as plain arrays."""
+"""What players share arrives on their replica's ranks as it was, as plain arrays."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,20 @@ pytestmark = pytest.mark.distributed
 
 
 def _shared(parallel: ParallelConfig) -> Any:
-    """What every rank gets of: samples, none, a stop; of its lead's replica."""
+    """(its player number if it is one, what it gets of: many samples, none, and one)."""
     from rest_mega.trainer import parallel as places
     from rest_mega.trainer.exchange import share_samples
 
     place = places.start(parallel, "cpu")
-    return [
-        share_samples(place, given if place.is_lead else None)
-        for given in (random_samples(6, seed=place.data_rank), [], None, random_samples(1))
-    ]
+    me = place.player if place.is_player else None
+    given = ([], [], []) if me is None else (groups_of(me), [], random_samples(1))
+    return me, [share_samples(place, samples) for samples in given]
+
+
+def groups_of(player: int) -> list[Sample]:
+    """Six samples in three groups."""
+    samples = random_samples(6, seed=player)
+    return [replace(sample, group=n // 2) for n, sample in enumerate(samples)]
 
 
 def assert_equal(got: list[Sample], want: list[Sample]) -> None:
@@ -38,18 +44,30 @@ def assert_equal(got: list[Sample], want: list[Sample]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "replica"),
-    [(ParallelConfig(tensor=2), [0, 0]), (ParallelConfig(), [0, 1])],
-    ids=["one replica of two ranks", "two replicas"],
+    ("parallel", "machines", "players"),
+    [
+        (ParallelConfig(tensor=2), 1, [[0], [0]]),
+        (ParallelConfig(), 1, [[0], [1]]),
+        (ParallelConfig(tensor=2), 2, [[0, 1], [0, 1]]),
+        (ParallelConfig(pipeline=2), 2, [[0, 2], [1, 3], [0, 2], [1, 3]]),
+    ],
+    ids=["one replica", "two replicas", "one on two machines", "two on two machines each"],
 )
-def test_samples_none_and_a_stop_arrive_on_all_ranks_of_the_replica(
-    parallel: ParallelConfig, replica: list[int]
+def test_the_samples_of_its_players_arrive_on_all_ranks_of_a_replica(
+    parallel: ParallelConfig, machines: int, players: list[list[int]]
 ) -> None:
-    for got, data_rank in zip(run_ranks(_shared, 2, parallel), replica, strict=True):
-        samples, none, stop, one = got
-        assert_equal(samples, random_samples(6, seed=data_rank))
-        assert (none, stop) == ([], None)
-        assert_equal(one, random_samples(1))
+    answers = run_ranks(_shared, len(players), parallel, machines=machines)
+    for (me, got), mine in zip(answers, players, strict=True):
+        (samples, own), (none, _), (one, _) = got
+        numbered = [
+            [replace(s, group=s.group + 3 * n) for s in groups_of(player)]
+            for n, player in enumerate(mine)
+        ]
+        assert_equal(samples, [s for part in numbered for s in part])
+        assert_equal(samples[own], [] if me is None else numbered[mine.index(me)])
+        assert none == []
+        assert_equal(one, [replace(random_samples(1)[0], group=n) for n in range(len(mine))])
+    assert sorted({me for me, _ in answers} - {None}) == sorted({p for ps in players for p in ps})
 
 
 def _collectives() -> Any:
@@ -57,7 +75,9 @@ def _collectives() -> Any:
 
     place = places.start(ParallelConfig(tensor=2), "cpu")
     rank, answer = place.rank, {}
-    answer["share"] = place.share({"a": np.arange(3), "b": np.zeros((0, 2))} if not rank else None)
+    answer["share"] = place.share(
+        {"a": np.arange(3), "b": np.zeros((0, 2))} if not rank else None, 0
+    )
     answer["text"] = place.gather_text(["", "größer \U0001f600"][rank])
     answer["empty"] = place.gather_text("")
     mine = {"both": (1.0 + rank, 2.0), f"only {rank}": (5.0, 4.0), "none": (0.0, 0.0)}
@@ -66,7 +86,7 @@ def _collectives() -> Any:
     answer["sum_one"] = place.sum_one(rank + 0.5)
     answer["maximum"] = place.maximum(np.array([-1.0 - rank, rank])).tolist()
     try:
-        place.share({"object": np.array([{"not": "plain"}])} if not rank else None)
+        place.share({"object": np.array([{"not": "plain"}])} if not rank else None, 0)
     except ValueError as error:
         answer["refusal"] = str(error)
     return answer

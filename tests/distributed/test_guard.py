@@ -34,7 +34,7 @@ def _gap(case: Any, sizes: dict[str, int]) -> Any:
     trainer, place = bench.trainer(tokens=64), bench.place
     samples = random_samples()[place.data_rank :: place.data_size]
     parts = trainer.pack(samples, 2)
-    check_ids(samples, parts, None)
+    check_ids(samples, parts)
     scores = trainer.score(parts)
     told = trainer.rows.traces(parts, scores, [len(s.ids_T) for s in samples])
     gap = measure(place, trainer.rows, trainer.rows.scored(parts, scores))

@@ -1,4 +1,4 @@
-"""Rounds of prompts on real ranks: what is drawn and kept, and that replicas change nothing."""
+"""Rounds of prompts on real ranks: what is drawn and kept, and that players change nothing."""
 
 from __future__ import annotations
 
@@ -68,12 +68,14 @@ def rubric(groups: Sequence[Sequence[Trajectory]], step: float) -> Any:
     return (rewards_PG if groups else np.zeros((0, 0))), {"grade": rewards_PG}
 
 
-def _every(names: Sequence[str], stops: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Per method and step what this lead holds; `stops`: (rank, call) at which a stop is asked
+def _every(
+    names: Sequence[str], stops: tuple[int, int] | None = None, tensor: int = 1
+) -> dict[str, Any]:
+    """Per method and step what this player holds; `stops`: (rank, call) at which a stop is asked
     for."""
     from rest_mega.trainer import parallel as places
 
-    place = places.start(ParallelConfig(), "cpu")
+    place = places.start(ParallelConfig(tensor=tensor), "cpu")
     return {name: _steps(place, METHODS[name], stops) for name in names}
 
 
@@ -102,7 +104,7 @@ def _steps(place: Any, credit: dict[str, Any], stops: tuple[int, int] | None) ->
         if rollout is None:
             answer.append(None)
             continue
-        view, advantages = rollout.view, [s.advantage for s in rollout.samples]
+        view, advantages = rollout.view, [s.advantage for s in rollout.own]
         answer.append(
             {
                 "played": [
@@ -113,6 +115,7 @@ def _steps(place: Any, credit: dict[str, Any], stops: tuple[int, int] | None) ->
                 ],
                 "trained": [t.stop for t in view.trained],
                 "advantages": advantages,
+                "samples": [s.advantage for s in rollout.samples],
                 "grades": view.parts["grade"].ravel().tolist(),
                 "counts": rollout.counts,
                 "stream": stream.state(),
@@ -136,21 +139,25 @@ def alone() -> dict[str, Any]:
     return dict(run_ranks(_every, 1, list(METHODS))[0])
 
 
-@pytest.fixture(scope="module")
-def replicas() -> list[dict[str, Any]]:
-    return run_ranks(_every, 2, list(METHODS))
+@pytest.fixture(scope="module", params=["two replicas", "a replica on two machines"])
+def players(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    if request.param == "two replicas":
+        return run_ranks(_every, 2, list(METHODS))
+    return run_ranks(_every, 2, list(METHODS), None, 2, machines=2)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_replicas_play_the_same_prompts_and_give_every_sibling_the_same_advantage_to_the_bit(
-    name: str, alone: dict[str, Any], replicas: list[dict[str, Any]]
+def test_players_play_the_same_prompts_and_give_every_sibling_the_same_advantage_to_the_bit(
+    name: str, alone: dict[str, Any], players: list[dict[str, Any]]
 ) -> None:
-    for one, *shares in zip(alone[name], *(rank[name] for rank in replicas), strict=True):
+    for one, *shares in zip(alone[name], *(rank[name] for rank in players), strict=True):
         for name_ in ("played", "trained", "advantages"):
             together = [row for share in shares for row in share[name_]]
             assert sorted(together) == sorted(one[name_])
         for share in shares:
             assert (share["counts"], share["stream"]) == (one["counts"], one["stream"])
+        whole = {tuple(share["samples"]) for share in shares}  # of each replica, on all its ranks
+        assert sorted(a for part in whole for a in part) == sorted(one["samples"])
 
 
 def rounds_of(step: dict[str, Any]) -> list[list[tuple[str, bool]]]:
@@ -218,6 +225,6 @@ def test_the_global_method_trains_on_equal_groups_and_keep_on_all(alone: dict[st
         assert np.std(step["advantages"]) == pytest.approx(1, abs=1e-6)
 
 
-def test_a_stop_that_one_lead_sees_in_a_later_round_ends_the_step_on_all() -> None:
+def test_a_stop_that_one_player_sees_in_a_later_round_ends_the_step_on_all() -> None:
     for answer in run_ranks(_every, 2, ["grpo"], (1, 2)):
         assert answer["grpo"][0] is None

@@ -35,7 +35,7 @@ SEED = 11
 def _there_and_back(
     cases: list[tuple[str, str, Any]], parallel: ParallelConfig, folder: str, dtype: str
 ) -> dict[str, Any]:
-    """On the lead: per model, what is exported after loading and after drawing; also saved."""
+    """On players: per model, what is exported after loading and after drawing; also saved."""
     from rest_mega.sync.export import Exporter, save_hf
     from rest_mega.sync.load import load, open_source
     from rest_mega.trainer import model as models
@@ -50,7 +50,7 @@ def _there_and_back(
         for init in ("random", "load"):
             load(chunks, open_source(path, init, architecture, SEED), architecture, place)
             tensors = {n: t.float().numpy() for n, t in exporter.stream()}
-            assert place.is_lead or not tensors
+            assert place.is_player or not tensors
             answer[name][init] = tensors
         target = Path(folder) / path.split("/")[-1]
         for _ in range(2):  # the second writes over the first
@@ -117,30 +117,35 @@ def assert_equal(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> Non
         np.testing.assert_array_equal(got[name], tensor, err_msg=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "machines"), [*((layout, 1) for layout in LAYOUTS), ("tp2 pp2 sp", 2)]
+)
 def test_what_was_loaded_or_drawn_is_exported_bit_for_bit(
-    layout: str, cases: list[tuple[str, str, Any]], tmp_path: Path
+    layout: str, machines: int, cases: list[tuple[str, str, Any]], tmp_path: Path
 ) -> None:
+    """To a player on each machine of the replica."""
     parallel = LAYOUTS[layout]
-    answers = run_ranks(
-        _there_and_back, parallel.replica_size, cases, parallel, str(tmp_path), "fp32"
-    )
+    arguments = cases, parallel, str(tmp_path), "fp32"
+    answers = run_ranks(_there_and_back, parallel.replica_size, *arguments, machines=machines)
     for name, path, architecture in cases:
-        assert_equal(answers[0][name]["load"], stored(path))
-        assert_equal(answers[0][name]["random"], drawn(architecture))
+        got = [answer[name] for answer in answers if answer[name]["load"]]
+        assert len(got) == machines
+        for player in got:
+            assert_equal(player["load"], stored(path))
+            assert_equal(player["random"], drawn(architecture))
         assert_equal(stored(str(tmp_path / Path(path).name)), stored(path))
 
 
 @pytest.mark.parametrize("layout", SPREAD)
-def test_experts_come_to_every_lead_from_wherever_they_are(
+def test_experts_come_to_every_player_from_wherever_they_are(
     layout: str, mixtures: list[tuple[str, str, Any]], tmp_path: Path
 ) -> None:
     ranks, parallel = SPREAD[layout]
     answers = run_ranks(_there_and_back, ranks, mixtures, parallel, str(tmp_path), "fp32")
     for name, path, architecture in mixtures:
-        leads = [answer[name] for answer in answers if answer[name]["load"]]
-        assert len(leads) == ranks // parallel.replica_size
-        for answer in leads:
+        players = [answer[name] for answer in answers if answer[name]["load"]]
+        assert len(players) == ranks // parallel.replica_size
+        for answer in players:
             assert_equal(answer["load"], stored(path))
             assert_equal(answer["random"], drawn(architecture))
         assert_equal(stored(str(tmp_path / Path(path).name)), stored(path))

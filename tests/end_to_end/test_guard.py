@@ -66,9 +66,9 @@ def mistaken(row: Row) -> Row:
     return row_of(t, row["seed"])
 
 
-def replay(run: Run, folder: Path, *more: str, ranks: int = 1) -> list[Ended]:
+def replay(run: Run, folder: Path, *more: str, ranks: int = 1, machines: int = 1) -> list[Ended]:
     words = ("rollout.engine=replay", f"rollout.replay={run.root / 'wrong'}", f"run.dir={folder}")
-    return start(ranks, "train", run.config, *QUICK, *words, *more)
+    return start(ranks, "train", run.config, *QUICK, *words, *more, machines=machines)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,10 @@ LAYOUTS = {
     "pp2": (2, []),
     "dp2": (2, ["parallel.pipeline=1"]),
     "tp2 pp2": (4, ["parallel.tensor=2"]),
+    "pp2 dp2 on two machines": (4, []),
 }
+MACHINES = {"pp2 dp2 on two machines": 2}
+"""A stage on each, and so two players of each replica."""
 
 
 def _train(words: list[str]) -> int:
@@ -54,7 +57,7 @@ def _first_step(name: str, data: Path, run_dir: Path) -> dict[str, Any]:
         "telemetry.tensorboard=false",
         *layout,
     ]
-    assert run_ranks(_train, world, words) == [0] * world
+    assert run_ranks(_train, world, words, machines=MACHINES.get(name, 1)) == [0] * world
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return next(row for row in rows if "train/loss" in row)
 

@@ -73,10 +73,9 @@ def gaps(
     found, versions, moved = [], [], 0.0
     for version in range(2):
         publish(exporter, engine, version)
-        samples = share_samples(
-            place, _sampled(engine, version, architecture.vocab_size) if engine else None
+        samples, _ = share_samples(
+            place, _sampled(engine, version, architecture.vocab_size) if engine else []
         )
-        assert samples is not None
         parts = trainer.pack(samples)
         scores = trainer.score(parts)
         weights = [np.ones(len(b.ids_T), np.float32) for b in parts[0]]

@@ -191,7 +191,7 @@ def _check_script(name: str, words: list[str]) -> None:
 
 
 def _check_options(source: Path, words: list[str]) -> None:
-    """Every --option stands in the source that reads it, or in a module beside it that it imports."""
+    """Every --option stands in the script, or in a module beside it that it imports."""
     text = source.read_text("utf-8")
     beside = (source.with_name(f"{m}.py") for m in re.findall(r"^import (\w+)$", text, re.M))
     text += "".join(module.read_text("utf-8") for module in beside if module.is_file())

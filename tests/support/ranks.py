@@ -34,10 +34,11 @@ def run_ranks(
     world_size: int,
     *args: Any,
     timeout: float = 120.0,
+    machines: int = 1,
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """`fn(*args)` on every rank of a new run, with torchrun's variables set; the results in rank
-    order.
+    order. `machines`: how many the ranks, cut evenly, take themselves to be on.
 
     `fn` must be importable (a module-level function). The first failing rank's traceback is raised
     as RankError. `environment`: variables that must be there before anything is imported; the ranks
@@ -48,7 +49,8 @@ def run_ranks(
         pipes, children = [], []
         for rank in range(world_size):
             mine, theirs = context.Pipe(duplex=False)
-            child = context.Process(target=_rank, args=(fn, args, rank, world_size, folder, theirs))
+            place = rank, world_size, folder, machines
+            child = context.Process(target=_rank, args=(fn, args, place, theirs))
             with mock.patch.dict(os.environ, environment or {}):
                 child.start()
             theirs.close()
@@ -148,9 +150,14 @@ def _logged(
 
 
 def _rank(
-    fn: Callable[..., Any], args: Any, rank: int, world_size: int, folder: str, pipe: Connection
+    fn: Callable[..., Any], args: Any, place: tuple[int, int, str, int], pipe: Connection
 ) -> None:
+    rank, world_size, folder, machines = place
     _become(rank, world_size, Path(folder))
+    if machines > 1:
+        from rest_mega import launch
+
+        launch.machine = lambda: f"machine{rank * machines // world_size}"
     try:
         answer = (True, fn(*args))
     except BaseException:

@@ -175,9 +175,9 @@ class Ended:
     err: str
 
 
-def start(world_size: int, *words: object) -> list[Ended]:
+def start(world_size: int, *words: object, machines: int = 1) -> list[Ended]:
     """`rest-mega WORDS` on every rank of a new run."""
-    return run_ranks(run_verb, world_size, [str(word) for word in words])
+    return run_ranks(run_verb, world_size, [str(word) for word in words], machines=machines)
 
 
 def job_of(world_size: int, folder: Path, *words: object) -> Job:

@@ -43,8 +43,8 @@ def test_a_log_prob_that_is_no_number_is_infinitely_far() -> None:
 
 
 def test_packed_samples_are_found_as_they_were_whatever_the_packing() -> None:
-    check_ids(SAMPLES, packed(), None)
-    check_ids([], [pack([], 64, count=2)], [])
+    check_ids(SAMPLES, packed())
+    check_ids([], [pack([], 64, count=2)])
 
 
 @pytest.mark.parametrize("name", ["ids_T", "targets_T", "mask_T", "logprobs_T"])
@@ -56,7 +56,7 @@ def test_one_changed_token_of_a_micro_batch_is_found(name: str) -> None:
     values[at] = not values[at] if name == "mask_T" else values[at] + 1
     parts[1] = [replace(b, **{name: values}) if b is batch else b for b in parts[1]]
     with pytest.raises(AssertionError, match=r"sample \d: .* differ from what was sampled"):
-        check_ids(SAMPLES, parts, None)
+        check_ids(SAMPLES, parts)
 
 
 def test_a_sample_that_is_missing_or_twice_there_is_found() -> None:
@@ -64,7 +64,7 @@ def test_a_sample_that_is_missing_or_twice_there_is_found() -> None:
     full = next(b for b in second if b.mask_T.any())
     for parts in ([first], [first, [b for b in second if b is not full]], [first, [*second, full]]):
         with pytest.raises(AssertionError, match=r"samples|were packed"):
-            check_ids(SAMPLES, parts, None)
+            check_ids(SAMPLES, parts)
 
 
 def trajectory(*turns: list[int], cut: bool = False) -> Trajectory:
@@ -108,9 +108,9 @@ def test_a_sample_must_be_its_trajectory_token_for_token() -> None:
         logprobs_T=t.logprobs_T,
         regions_T=np.zeros(len(t.ids_T), np.int8),
     )
-    check_ids([sample], [pack([sample], 64)], [t])
+    check_ids([sample], [pack([sample], 64)], [sample], [t])
     other = replace(sample, ids_T=sample.ids_T + (np.arange(len(t.ids_T)) == 4).astype(np.int32))
     with pytest.raises(AssertionError, match=r"trajectory 0: ids differ .* at token 4"):
-        check_ids([other], [pack([other], 64)], [t])
+        check_ids([other], [pack([other], 64)], [other], [t])
     with pytest.raises(ValueError, match="zip"):
-        check_ids([sample], [pack([sample], 64)], [])
+        check_ids([sample], [pack([sample], 64)], [sample], [])

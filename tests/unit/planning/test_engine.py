@@ -11,7 +11,7 @@ import pytest
 from rest_mega.cli import read
 from rest_mega.config import ConfigError, RunConfig
 from rest_mega.planning import GPUS, Plan, plan
-from rest_mega.planning.engine import cache_bytes, replica_here, with_servers
+from rest_mega.planning.engine import cache_bytes, played_stages, with_servers
 from rest_mega.planning.layouts import propose
 from rest_mega.trainer.model import Architecture, read_architecture
 
@@ -94,18 +94,33 @@ def test_the_embedded_engine_keeps_a_whole_copy_in_training() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "world", "here"),
+    ("sizes", "world", "stages"),
     [
-        ({"tensor": 4}, 8, 4),
-        ({"pipeline": 4}, 16, 2),  # ranks 0 and 4 of 0, 4, 8, 12
-        ({"tensor": 8, "pipeline": 4}, 32, 8),
-        ({"tensor": 2, "pipeline": 2}, 4, 4),
+        ({"tensor": 4}, 8, [[0, 0, 0, 0]]),
+        ({"pipeline": 4}, 16, [[0, 1], [2, 3]]),  # ranks 0, 4, 8, 12
+        ({"tensor": 2, "pipeline": 4}, 32, [[0, 0], [1, 1], [2, 2], [3, 3]]),
+        ({"tensor": 2, "pipeline": 2}, 4, [[0, 0, 1, 1]]),
+        ({"tensor": 4, "pipeline": 3}, 12, [[0, 0, 0, 0, 1, 1, 1, 1]]),  # and four of stage 2
     ],
 )
-def test_a_lead_sees_the_gpus_of_its_machine(sizes: dict[str, int], world: int, here: int) -> None:
+def test_a_replica_plays_on_each_of_its_machines(
+    sizes: dict[str, int], world: int, stages: list[list[int]]
+) -> None:
     config = recipe("qwen3_8b")[0]
     parallel = dataclasses.replace(config.parallel, sequence=False, **({"tensor": 1} | sizes))
-    assert replica_here(parallel, world, 8) == here
+    config = dataclasses.replace(config, parallel=parallel)
+    assert played_stages(config, world, 8) == stages
+
+
+def test_an_engine_on_every_machine_of_a_replica_is_counted() -> None:
+    """Llama 3.3 70B at PP 4 on 32 GPUs: a server on each of the four machines of its replica."""
+    planned = made("llama3.3_70b", 32)
+    sizes, e = planned.config.parallel, planned.engine
+    assert (sizes.tensor * sizes.context, sizes.pipeline, planned.batch.replicas) == (8, 4, 1)
+    assert (e.servers, e.gpus, e.stages) == (4, 8, frozenset(range(4)))
+    assert e.free == ROOM - max(stage.state for stage in planned.stages)
+    words = ("rollout.sglang.colocate=false", 'rollout.sglang.urls=["http://h:1"]')
+    assert made("llama3.3_70b", 32, *words).engine.servers == 1
 
 
 def test_servers_that_need_more_gpus_than_a_replica_has_here_are_refused() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rest_mega.config import ConfigError, SglangConfig
 from rest_mega.rollout.sglang_placement import Machine, place_servers, row
 
-ONE_LEAD = Machine(visible=8, training=(0, 1, 2, 3), replica=(0, 1, 2, 3), leads=1, index=0)
+ONE_LEAD = Machine(visible=8, training=(0, 1, 2, 3), replica=(0, 1, 2, 3), players=1, index=0)
 
 
 def run_of(nodes: int, replicas: int, ranks: int) -> list[str]:
@@ -43,6 +43,12 @@ def test_each_gpu_is_trained_on_or_served_from_once(
         assert given_out == list(gpus)
 
 
+def test_machines_without_a_player_are_counted() -> None:
+    rows = [row(f"node{n // 2}", n % 2, n in (0, 3), n // 3) for n in range(6)]
+    assert [Machine.of(rows, rank, 2).idle for rank in (0, 5)] == [1, 1]
+    assert Machine.of(run_of(2, 1, 2), 0, 2).idle == 0
+
+
 def test_colocated_servers_lie_on_their_own_replicas_gpus() -> None:
     rows = run_of(nodes=2, replicas=2, ranks=4)
     config = SglangConfig(colocate=True, servers=2, arguments={"tensor_parallel_size": 2})
@@ -56,7 +62,10 @@ def test_colocated_servers_lie_on_their_own_replicas_gpus() -> None:
         ({}, r"does not say on which GPUs.*free here: \[4, 5, 6, 7\].*colocate=true.*urls"),
         ({"gpus": (7, 8)}, r"gpus has \[8\], but this machine shows GPUs 0 to 7"),
         ({"gpus": (3, 4)}, r"gpus has \[3\], on which ranks.*free are \[4, 5, 6, 7\]"),
-        ({"gpus": (4, 5, 6), "servers": 2}, "are 3 GPUs, but 1 leads .* servers=2 of 1 .* need 2"),
+        (
+            {"gpus": (4, 5, 6), "servers": 2},
+            "are 3 GPUs, but 1 replicas .* servers=2 of 1 .* need 2",
+        ),
         ({"colocate": True, "servers": 3, "arguments": {"tp_size": 2}}, "needs 6, but .* has 4"),
         ({"gpus": (4,), "environment": {"CUDA_VISIBLE_DEVICES": "4"}}, "VISIBLE_DEVICES is set"),
     ],
