@@ -8,6 +8,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 ARGS ?=
+# Test files that run at a time; many start two to four ranks.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
@@ -76,7 +78,7 @@ type: setup
 	$(BIN)/mypy examples/scaling/*.py
 
 pytest: setup
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 engine: setup sglang
 	$(BIN)/python -m pytest -q -m engine $(ARGS)

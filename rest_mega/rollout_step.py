@@ -172,7 +172,8 @@ class Rollouts:
         """A round that is to bring `count` groups over all replicas."""
         s = self._s
         siblings = s.config.rollout.samples_per_prompt
-        mine = slice(s.place.player, None, len(s.place.players)) if s.collector else slice(0, 0)
+        players = s.place.players
+        mine = slice(s.place.player, None, len(players)) if s.place.is_player else slice(0, 0)
         drawn = self._draw(count, first=number == 0)
         groups: list[Group] | None = []
         rewards_PG: Reals | None = None

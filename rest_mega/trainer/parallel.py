@@ -1,4 +1,4 @@
-"""ParallelConfig and torchrun's variables -> Parallel: groups, ranks, is_lead. Sole reader of
+"""ParallelConfig and torchrun's variables -> Parallel: groups, ranks, players. Sole reader of
 mcore's parallel_state.
 
 A *replica* is one TP x CP x PP block that holds one copy of the model. Its *players*, the first of
