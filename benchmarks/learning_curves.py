@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rest_mega.telemetry.reporter import METRICS, read_rows
+from rest_mega.telemetry.rows import METRICS, read_rows
 
 PANELS = {
     "success/train": "training, sampled",

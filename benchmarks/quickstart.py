@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rest_mega.telemetry.reporter import METRICS, read_rows
+from rest_mega.telemetry.rows import METRICS, read_rows
 
 NAMES = ("sampled_success", "greedy_success", "sampled_entropy")
 

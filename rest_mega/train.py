@@ -18,7 +18,7 @@ from rest_mega.dialects import Region
 from rest_mega.dump import end_run
 from rest_mega.losses.policy import SURROGATES
 from rest_mega.nonfinite import NONFINITE, NonFinite
-from rest_mega.records import Microbatch
+from rest_mega.records import Floats, Microbatch
 from rest_mega.rollout_step import Rollout, Rollouts
 from rest_mega.session import Inputs, Session
 from rest_mega.step_metrics import credit_metrics, report_rows, rollout_metrics, step_metrics
@@ -126,15 +126,24 @@ class Loop:
         metrics = step_metrics(results) | credit_metrics(*seen, *pulls, raw_K, running_K)
         metrics |= s.place.merge({**rollout_metrics(rollout.view), **kl}) | rollout.counts | watched
         self.step = step
-        tokenizer, shown = s.inputs.tokenizer, config.telemetry.trajectories
-        lengths = [len(sample.ids_T) for sample in rollout.samples[:shown]]
-        traces = s.trainer.rows.traces(parts, scores, lengths)
-        rows = report_rows(rollout.view, tokenizer, config.tokenizer.dialect, raw_K, traces, shown)
-        s.reporter.step(step, metrics, rows)
+        s.reporter.step(step, metrics, self._report_rows(rollout, parts, scores, raw_K))
         if self.nonfinite.too_many(step, rollout, parts, scores, results):
             s.keep(step, **self._state())
             return NONFINITE
         return None
+
+    def _report_rows(
+        self, rollout: Rollout, parts: Parts, scores: Scored, raw_K: Floats
+    ) -> list[dict[str, Any]]:
+        """The trajectories that the report shows, on the head: its own samples are the first of its
+        replica's. Collective."""
+        s, shown = self.s, self.s.config.telemetry.trajectories
+        lengths = [len(sample.ids_T) for sample in rollout.samples[:shown]]
+        traces = s.trainer.rows.traces(parts, scores, lengths)
+        if not s.place.is_head:
+            return []
+        dialect = s.config.tokenizer.dialect
+        return report_rows(rollout.view, s.inputs.tokenizer, dialect, raw_K, traces, shown)
 
     def _penalise(self, rollout: Rollout, parts: Parts, scores: Scored) -> tuple[Parts, Sums]:
         """(the parts with advantages of rewards less credit.kl_reward times KL, that KL)."""

@@ -95,6 +95,41 @@ def names_in(tree: ast.AST) -> Iterator[tuple[str, str]]:
             yield node.value.id, node.attr
 
 
+def exists(dotted: str) -> bool:
+    """A dotted name of the package is a module, or stands at the top of one."""
+    *rest, last = dotted.split(".")[1:] or [""]
+    folder = "/".join(rest)
+    if not last or {f"{folder}/{last}.py".lstrip("/"), f"{folder}/{last}/__init__.py"} & {*TREES}:
+        return True
+    tree = TREES.get(f"{folder}.py") or TREES.get(f"{folder}/__init__.py".lstrip("/"))
+    return tree is not None and last in set(at_top(tree.body))
+
+
+def at_top(body: list[ast.stmt]) -> Iterator[str]:
+    """Names that a module binds."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.If | ast.Try):
+            yield from at_top(node.body)
+        else:
+            yield from (n.id for n in ast.walk(node) if isinstance(n, ast.Name))
+            yield from (n.asname or n.name for n in ast.walk(node) if isinstance(n, ast.alias))
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "tools", "tests"])
+def test_scripts_import_what_the_package_has(folder: str) -> None:
+    """Most of them no test runs."""
+    wanted = {
+        (path.name, dotted)
+        for path in (ROOT / folder).rglob("*.py")
+        for dotted in imports(ast.parse(path.read_text("utf-8")))
+        if dotted.split(".")[0] == "rest_mega"
+    }
+    assert wanted
+    assert not [one for one in sorted(wanted) if not exists(one[1])]
+
+
 def test_every_file_has_a_place_in_the_plan() -> None:
     assert {room(name) for name in SOURCES} == {"__init__", *GROUND, *ARROWS, *TOP}
 

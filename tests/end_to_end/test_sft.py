@@ -13,9 +13,7 @@ import pytest
 from rest_mega.assemble import read_inputs
 from rest_mega.config import RunConfig
 from rest_mega.data.tokenizer import Tokenizer
-from rest_mega.environments import ENVIRONMENTS
 from rest_mega.records import Sample
-from rest_mega.rewards.rubric import RUBRIC
 from rest_mega.sft import read_samples
 from tests.support.runs import Run, make_run, start
 
@@ -44,12 +42,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
     tree["sft"]["data"], tree["data"]["held_out"] = str(CHAT), ""
     tree["packing"]["tokens"] = 4096
     config = RunConfig.from_dict(tree)
-    tables: tuple[dict[str, Any], ...] = (ENVIRONMENTS, RUBRIC)
-    before = [dict(table) for table in tables]
     inputs = read_inputs(config, "sft")
-    for table, names in zip(tables, before, strict=True):  # other files' runs register theirs
-        table.clear()
-        table.update(names)
     return Read(run, inputs.tokenizer, read_samples(config, inputs))
 
 

@@ -65,5 +65,5 @@ def test_a_rank_without_an_engine_takes_part_and_receives_nothing() -> None:
     exporter = Tensors(())
     publish(exporter, None, 7)  # type: ignore[arg-type]
     assert exporter.exhausted
-    with pytest.raises(AssertionError, match="only the lead receives tensors"):
+    with pytest.raises(AssertionError, match="only players receive tensors"):
         publish(Tensors(), None, 7)  # type: ignore[arg-type]
