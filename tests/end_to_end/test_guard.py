@@ -156,6 +156,25 @@ def test_two_replicas_dump_their_shares_of_the_same_batch(
     assert len({t["prompt"] for t in shares[0]} & {t["prompt"] for t in shares[1]}) == 0
 
 
+def test_the_players_of_a_replica_dump_their_shares(run: Run, tmp_path: Path) -> None:
+    words = ("parallel.pipeline=2", "guard.max=1e-12", f"run.dir={tmp_path / 'run'}")
+    ended = start(2, "train", run.config, *QUICK, *words, machines=2)
+    assert [rank.code for rank in ended] == [3, 3], ended[0].err
+    dump = tmp_path / "run" / "dumps" / "step_1"
+    about = json.loads((dump / "gap.json").read_text())
+    shares = [json.loads((dump / f"trajectories_{k}.json").read_text()) for k in (0, 1)]
+    assert len({t["prompt"] for t in shares[0]} & {t["prompt"] for t in shares[1]}) == 0
+    gaps = []
+    for share, k in zip(shares, (0, 1), strict=True):
+        with np.load(dump / f"tokens_{k}.npz", allow_pickle=False) as arrays:
+            a = dict(arrays)
+        assert a["rewards_S"].tolist() == [t["reward"] for t in share if t["trained"]]
+        gaps += (a["trainer_T"] - a["engine_T"])[a["mask_T"]].tolist()
+    assert np.abs(gaps).max() == pytest.approx(about["gap"]["max"])
+    one = ReadOnlyBank(run.dir / "bank").shelf(1).rows
+    assert sorted(ReadOnlyBank(dump / "bank").shelf(1).rows) == sorted(one)
+
+
 # ------------------------------------------------------------------ losses that are not finite
 
 

@@ -18,8 +18,8 @@ QUICK = ("data.held_out=", "run.export=false", "rollout.prompts_per_step=4")
 CARRY = (*QUICK, "rollout.oversample=0.5", "guard.mean=1e-3")
 
 
-def train(run: Run, folder: Path, *words: str, ranks: int = 1) -> None:
-    ended = start(ranks, "train", run.config, *words, f"run.dir={folder}")
+def train(run: Run, folder: Path, *words: str, ranks: int = 1, machines: int = 1) -> None:
+    ended = start(ranks, "train", run.config, *words, f"run.dir={folder}", machines=machines)
     assert [rank.code for rank in ended] == [0] * ranks, ended[0].err
 
 
@@ -142,13 +142,15 @@ def test_a_resumed_run_goes_on_with_the_carried_groups_bit_for_bit(
     assert played(run, copy) == played(run, carried)
 
 
-def test_carried_groups_are_dealt_to_however_many_replicas_there_are(
-    run: Run, carried: Path, tmp_path: Path
+@pytest.mark.parametrize("pipeline", [1, 2], ids=["two replicas", "one on two machines"])
+def test_carried_groups_are_dealt_to_however_many_players_there_are(
+    pipeline: int, run: Run, carried: Path, tmp_path: Path
 ) -> None:
     folder = carried / "checkpoints" / "step_00000002"
     rows = [json.loads(line) for line in (folder / "episodes_0.jsonl").read_text().splitlines()]
     copy = crashed(carried, tmp_path / "copy", 2)
-    train(run, copy, *CARRY, "run.until=3", ranks=2)
+    words = (*CARRY, "run.until=3", f"parallel.pipeline={pipeline}")
+    train(run, copy, *words, ranks=2, machines=pipeline)
     third = run.measured(copy)[-1]
     assert (third["step"], third["groups/carried"]) == (3, 2)
     first = next(prompt for step, prompt, _ in played(run, copy) if step == 3)
